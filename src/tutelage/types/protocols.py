@@ -5,6 +5,7 @@ Torch tensors appear here only as `Any`: this layer imports no torch, so verifie
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tutelage.types.records import Completion, Draw, SampleRequest, SamplingParams, Task, Trajectory, Verdict
@@ -63,9 +64,11 @@ class DrawContext:
     """`sampler("student")` samples from what the stage's `draw_from` names; other names are the plan's teachers."""
     text: Any = None
     """`text.ChatText` of the student: renders tasks to prompts and messages to spans."""
-    store: Any = None
-    """`data.RoundStore`: chunks of the round, each committed whole; None keeps nothing."""
+    store: Path | None = None
+    """Folder for the round's chunks, each committed whole (`data.RoundStore`); None keeps nothing."""
     progress: Progress | None = None
+    processes: Any = None
+    """`train.Processes`: chunks are shared out by index; None means one process."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """The newest validation scores, for sources whose rate depends on them."""
     record: Callable[[str, Mapping[str, Any]], None] = lambda event, fields: None

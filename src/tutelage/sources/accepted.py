@@ -1,0 +1,158 @@
+"""Keep rules: which of a judged draw's trajectories are trained on. They mark; they never remove."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from tutelage.errors import ConfigError
+from tutelage.types import Draw, DrawContext, Group, Source, Trajectory, seed_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Which accepted trajectories are kept, applied in the order of the fields."""
+
+    min_score: float | None = None
+    """Keep what scores at least this, instead of what the verdict accepts."""
+    drop_truncated: bool = True
+    """Never keep a completion that ran into the token limit: its end was not the author's choice."""
+    drop_all_correct: bool = False
+    """Leave out prompts whose every valid sample was accepted: they have nothing to teach and narrow the policy."""
+    distinct: Literal["text", "key"] | None = "text"
+    """Keep one of each text, or of each solution by the verifier's own key."""
+    best_of: int | None = None
+    """Keep only the highest-scoring this many of a prompt (RAFT: 1)."""
+    cap: int | None = None
+    """Keep at most this many of a prompt."""
+    order: Literal["shortest", "sampled"] = "shortest"
+    """Which come first where a rule must choose: the shortest, or as they were sampled."""
+    random_budget: bool = False
+    """The control arm: keep as many as the rules would, chosen at random among all samples of the prompt."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, got {value}"
+            for name, value in (("cap", self.cap), ("best_of", self.best_of))
+            if value is not None and value < 1
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+class Accepted:
+    """What the inner source draws, with weight 0 and a mark on everything the rules leave out.
+
+    Group statistics, control arms and later thresholds still see all of it.
+    """
+
+    def __init__(self, source: Source, keep: Keep | None = None) -> None:
+        self.source, self.keep = source, keep or Keep()
+
+    def draw(self, ctx: DrawContext) -> Draw:
+        draw = self.source.draw(ctx)
+        marked = [t for g in draw.groups for t in self._mark(g, ctx)]
+        out = draw.with_trajectories(marked)
+        return replace(out, stats={**out.stats, **keep_stats(out)})
+
+    def _mark(self, group: Group, ctx: DrawContext) -> list[Trajectory]:
+        marks = keep_marks(group, self.keep)
+        if self.keep.random_budget:
+            marks = _random_marks(group, marks, seed_for(ctx.seed, ctx.stage, ctx.round, group.task.hash, "budget"))
+        return [t if mark is None else t.marked(mark) for t, mark in zip(group.trajectories, marks, strict=True)]
+
+    def state(self) -> Mapping[str, Any]:
+        return self.source.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.source.restore(state)
+
+
+def keep_marks(group: Group, keep: Keep) -> list[str | None]:
+    """For each trajectory of a prompt: None if kept, else why not."""
+    ts = group.trajectories
+    marks: list[str | None] = [_first_reason(t, keep) for t in ts]
+    valid = [t for t in ts if t.verdict is not None and t.verdict.status != "error"]
+    if keep.drop_all_correct and valid and all(t.verdict is not None and t.verdict.is_accepted for t in valid):
+        return [m or "all correct" for m in marks]
+    left = _in_order([i for i, m in enumerate(marks) if m is None], ts, keep)
+    if keep.distinct:
+        left = _mark_after_first(left, marks, lambda i: _same(ts[i], keep.distinct), "duplicate")
+    if keep.best_of is not None:
+        left.sort(key=lambda i: -_score(ts[i]))  # stable: ties stay in order
+        left = _mark_rest(left, marks, keep.best_of, "not best")
+    if keep.cap is not None:
+        _mark_rest(left, marks, keep.cap, "over cap")
+    return marks
+
+
+def _first_reason(t: Trajectory, keep: Keep) -> str | None:
+    if t.verdict is None:
+        return "not judged"
+    if t.verdict.status == "error":
+        return "error"
+    if t.is_truncated and keep.drop_truncated:
+        return "truncated"
+    if keep.min_score is not None:
+        return None if _score(t) >= keep.min_score else "below threshold"
+    return None if t.verdict.is_accepted else "rejected"
+
+
+def _score(t: Trajectory) -> float:
+    return t.verdict.score if t.verdict is not None and t.verdict.score is not None else 0.0
+
+
+def _same(t: Trajectory, kind: str | None) -> str:
+    key = t.verdict.key if t.verdict is not None else None
+    return key if kind == "key" and key is not None else t.completion.strip()
+
+
+def _in_order(indices: list[int], ts: Sequence[Trajectory], keep: Keep) -> list[int]:
+    return sorted(indices, key=lambda i: ts[i].num_sampled) if keep.order == "shortest" else indices
+
+
+def _mark_after_first(
+    indices: list[int], marks: list[str | None], key: Callable[[int], str], mark: str
+) -> list[int]:
+    seen: set[str] = set()
+    left = []
+    for i in indices:
+        if (k := key(i)) in seen:
+            marks[i] = mark
+        else:
+            seen.add(k)
+            left.append(i)
+    return left
+
+
+def _mark_rest(indices: list[int], marks: list[str | None], limit: int, mark: str) -> list[int]:
+    for i in indices[limit:]:
+        marks[i] = mark
+    return indices[:limit]
+
+
+def _random_marks(group: Group, marks: Sequence[str | None], seed: int) -> list[str | None]:
+    """As many kept as in `marks`, but which ones is a draw of lots among all samples."""
+    count = sum(m is None for m in marks)
+    chosen = set(np.random.default_rng(seed).permutation(len(marks))[:count].tolist())
+    return [None if i in chosen else (m or "random budget") for i, m in enumerate(marks)]
+
+
+def keep_stats(draw: Draw) -> dict[str, float]:
+    """Counts after the keep rules, and why the rest was left out."""
+    kept = draw.kept()
+    accepted = [t for t in draw if t.verdict is not None and t.verdict.is_accepted]
+    distinct = {(t.prompt_index, t.completion.strip()) for t in accepted}
+    solved = {t.prompt_index for t in accepted}
+    out = {
+        "data/num_accepted": float(len(accepted)),
+        "data/num_distinct_accepted": float(len(distinct)),
+        "data/num_prompts_solved": float(len(solved)),
+        "data/num_kept": float(len(kept)),
+    }
+    for t in draw:
+        if t.weight == 0 and t.marks:
+            name = f"data/num_left_out/{t.marks[-1]}"
+            out[name] = out.get(name, 0.0) + 1
+    return out

@@ -1,0 +1,178 @@
+"""Trajectories sampled now: by the student (on-policy) or by a teacher (off-policy)."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tutelage.data.rounds import RoundStore
+from tutelage.errors import ConfigError, DataError
+from tutelage.types import (
+    Completion,
+    Draw,
+    DrawContext,
+    Group,
+    Sampler,
+    SampleRequest,
+    SamplingParams,
+    Task,
+    Trajectory,
+    seed_for,
+)
+
+
+class Drawn:
+    """`n` completions of each of the next prompts, from an author.
+
+    Prompts come in an order shuffled anew for each pass over the tasks, fixed by (seed, stage, pass); the cursor never
+    loses or repeats one. They are cut into chunks by index, and each chunk is committed whole before the next: after a
+    kill, finished chunks come back as they were and the others are drawn again from the same seeds.
+
+    Args:
+        tasks: prompts, with what a verifier needs.
+        author: "student", or the name of a teacher in the plan.
+        n: completions a prompt.
+        params: how they are sampled. On-policy claims hold for this shaped distribution, which is also the one whose
+            log-probabilities are stored.
+        per_round: prompts in a round; None takes every task once.
+        chunk_rows: completions in a chunk, about.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        author: str = "student",
+        n: int = 1,
+        params: SamplingParams | None = None,
+        per_round: int | None = None,
+        chunk_rows: int = 1024,
+        is_shuffled: bool = True,
+    ) -> None:
+        if not tasks:
+            raise DataError("Drawn needs at least one task to sample, got none: check the task set")
+        if n > 1 and params is not None and params.is_greedy:
+            raise ConfigError(f"n={n} with temperature 0 draws the same completion every time: raise the temperature")
+        self.tasks, self.author, self.n = tuple(tasks), author, n
+        self.params = params or SamplingParams()
+        self.per_round = per_round or len(self.tasks)
+        self.chunk_prompts = max(1, chunk_rows // n)
+        self.is_shuffled = is_shuffled
+        self.position = 0
+        """Prompts drawn so far in this stage, over all passes."""
+
+    def draw(self, ctx: DrawContext) -> Draw:
+        if ctx.sampler is None or ctx.text is None:
+            raise ConfigError("Drawn needs a sampler and a tokenizer in its context: it cannot be used without a model")
+        chosen = [self.tasks[self._task_index(ctx, self.position + i)] for i in range(self.per_round)]
+        base = self.position
+        self.position += self.per_round
+        chunks = [range(s, min(s + self.chunk_prompts, len(chosen))) for s in range(0, len(chosen), self.chunk_prompts)]
+        store = RoundStore(ctx.store / "drawn") if ctx.store else None
+        if ctx.progress:
+            ctx.progress.start(f"sampling {len(chosen)} prompts x {self.n}", len(chosen) * self.n, "samples")
+        started = time.perf_counter()
+        done: dict[int, list[Trajectory]] = {}
+        sampler: Sampler | None = None
+        share = range(len(chunks)) if ctx.processes is None else ctx.processes.share(range(len(chunks)))
+        for index in share:
+            kept = store.load(index) if store else None
+            if kept is None:
+                sampler = sampler or ctx.sampler(self.author)
+                kept = self._sample(ctx, sampler, chosen, chunks[index], base)
+                if store:
+                    store.commit(index, kept)
+            elif ctx.progress:
+                ctx.progress.advance(len(kept))
+            done[index] = kept
+        if ctx.processes is not None:
+            done = ctx.processes.gather_dict(done)
+        if ctx.progress:
+            ctx.progress.finish()
+        by_prompt: list[list[Trajectory]] = [[] for _ in chosen]
+        for index in range(len(chunks)):
+            for t in done[index]:
+                by_prompt[t.prompt_index].append(t)
+        groups = tuple(Group(task=task, trajectories=tuple(ts)) for task, ts in zip(chosen, by_prompt, strict=True))
+        return Draw(
+            groups=groups,
+            author=self.author,
+            is_on_policy=self.author == "student",
+            stats=_stats(groups, time.perf_counter() - started),
+        )
+
+    def _task_index(self, ctx: DrawContext, position: int) -> int:
+        passes, place = divmod(position, len(self.tasks))
+        if not self.is_shuffled:
+            return place
+        rng = np.random.default_rng(seed_for(ctx.seed, ctx.stage, passes, "prompts"))
+        return int(rng.permutation(len(self.tasks))[place])
+
+    def _sample(
+        self, ctx: DrawContext, sampler: Sampler, tasks: Sequence[Task], chunk: range, base: int
+    ) -> list[Trajectory]:
+        prompts = {i: ctx.text.render_prompt(tasks[i]) for i in chunk}
+        requests = [
+            SampleRequest(
+                prompt_ids=tuple(t for span in prompts[i] for t in span.token_ids),
+                n=self.n,
+                seed=seed_for(ctx.seed, ctx.stage, ctx.round, base + i),
+            )
+            for i in chunk
+        ]
+        answers = sampler.sample(requests, self.params, progress=ctx.progress)
+        out = []
+        for i, completions in zip(chunk, answers, strict=True):
+            for j, completion in enumerate(completions):
+                name = f"s{ctx.stage}r{ctx.round}p{base + i}n{j}"
+                t = make_trajectory(ctx.text, tasks[i], prompts[i], completion, sampler, self.params, trajectory_id=name)
+                out.append(replace(t, prompt_index=i, sample_index=j))
+        return out
+
+    def state(self) -> Mapping[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.position = int(state["position"])
+
+
+def make_trajectory(
+    text: Any,
+    task: Task,
+    prompt_spans: Sequence[Any],
+    completion: Completion,
+    sampler: Sampler,
+    params: SamplingParams,
+    *,
+    trajectory_id: str,
+) -> Trajectory:
+    """One sampled answer to a task, token-exact: the prompt's spans and one sampled span."""
+    span = text.completion_span(completion, author=sampler.author, version=sampler.version, params=params)
+    return Trajectory(
+        id=trajectory_id,
+        task_id=task.id,
+        task_hash=task.hash,
+        task_name=task.name,
+        spans=(*prompt_spans, span),
+        messages=(*task.messages, {"role": "assistant", "content": completion.text}),
+        completion=completion.text,
+        finish=completion.finish,
+        tokenizer=text.fingerprint,
+    )
+
+
+def _stats(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    everything = [t for g in groups for t in g.trajectories]
+    tokens = sum(t.num_sampled for t in everything)
+    entropies = [e for t in everything for s in t.spans if s.entropies is not None for e in s.entropies]
+    out = {
+        "data/num_prompts": len(groups),
+        "data/num_sampled_tokens": tokens,
+        "data/frac_truncated": sum(t.is_truncated for t in everything) / max(1, len(everything)),
+        "time/sample_s": seconds,
+    }
+    if entropies:
+        out["policy/entropy_nats_per_token"] = float(np.mean(entropies))
+    return out

@@ -1,0 +1,109 @@
+"""Resumable states: written whole under another name, flushed, renamed; at most `keep` of them.
+
+    checkpoints/step-000042/
+      model/                 full weights, or the adapter: transformers and peft load it as it is
+      optimizer.safetensors  moments and step counts
+      state.json             cursor, sources, signals, monitors, log sizes, and every file's size and SHA-256
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import CheckpointError
+from tutelage.train.run_directory import write_atomically
+
+STATE = "state.json"
+
+
+def save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[str, Any], *, keep: int) -> Path:
+    """Make one checkpoint and drop the oldest beyond `keep`.
+
+    Args:
+        write: puts the weights and the optimiser's state into the folder it is given.
+        state: JSON-able; what the loop needs to go on.
+    """
+    work = folder / f".{name}.tmp"
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write(work)
+    files = {
+        str(p.relative_to(work)): {"bytes": p.stat().st_size, "sha256": _digest(p)}
+        for p in sorted(work.rglob("*"))
+        if p.is_file()
+    }
+    write_atomically(work / STATE, json.dumps({**state, "files": files}))
+    for path in [p for p in work.rglob("*") if p.is_file()]:
+        _fsync(path)
+    final = folder / name
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(work, final)
+    _fsync(folder)
+    for old in checkpoints(folder)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first. Unfinished ones have another name."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+
+
+def newest_good(folder: Path, on_bad: Callable[[Path, str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are all as they were written; None if there is none at all.
+
+    Args:
+        on_bad: told of each damaged checkpoint that was passed over, and why.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one is damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            state: dict[str, Any] = json.loads((path / STATE).read_text())
+            return path, state
+        on_bad(path, problem)
+    if found:
+        raise CheckpointError(
+            f"all {len(found)} checkpoints in {folder} are damaged, the newest because {damage(found[-1])}. "
+            "Start the run again in a new folder; its trajectories can still be read."
+        )
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None."""
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        return f"{STATE} cannot be read ({error})"
+    for name, facts in state.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if _digest(file) != facts["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

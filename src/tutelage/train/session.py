@@ -1,0 +1,402 @@
+"""What the loop stands on: where a run is, its weights, its folder, and how to go on after a stop.
+
+After a kill the run goes back to its last checkpoint and does what followed again, to the same bits: draws come back from
+their committed chunks, orders and samples from their seeds, logs are cut to where the checkpoint was made.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tutelage.data.rounds import RoundStore
+from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError
+from tutelage.train import checkpoint
+from tutelage.train.run_directory import RunDirectory
+from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
+from tutelage.train.trainer import Place, Trainer
+from tutelage.types import Draw, DrawContext, Monitor, MonitorReport, Progress, Sampler, StepRecord, Targets, Trajectory
+
+if False:  # for annotations only: the loop imports this module
+    from tutelage.train.loop import Stage
+
+
+@dataclass
+class Cursor:
+    """How far a run is."""
+
+    stage: int = 0
+    round: int = 0
+    step: int = 0
+    """Updates done in this round."""
+    total_steps: int = 0
+    """Updates done in this run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When and how checkpoints are made."""
+
+    every_steps: int | None = None
+    every_s: float = 300.0
+    keep: int = 2
+
+
+class Weights:
+    """How a run reads and writes weights: whole models or adapters. Made by `methods`."""
+
+    def __init__(
+        self,
+        *,
+        save: Callable[[Path], None],
+        load: Callable[[Path], Mapping[str, Tensor]],
+        load_base: Callable[[], Mapping[str, Tensor]],
+        sampler: Callable[[str, str], Sampler],
+    ) -> None:
+        self.save = save
+        """Writes the current weights into a folder."""
+        self.load = load
+        """Reads what `save` wrote: name -> weight."""
+        self.load_base = load_base
+        """The weights the run began with."""
+        self.sampler = sampler
+        """`sampler(name, version)`: "student" is the current policy; "base", a folder, or a teacher's name."""
+
+
+class Session:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        *,
+        run: RunDirectory,
+        trainer: Trainer,
+        weights: Weights,
+        text: Any,
+        seed: int,
+        saving: Saving | None = None,
+        progress: Progress | None = None,
+        stop: StopRequest | None = None,
+        max_logprob_gap: float | None = 0.5,
+    ) -> None:
+        self.run, self.trainer, self.weights, self.text, self.seed = run, trainer, weights, text, seed
+        self.saving = saving or Saving()
+        self.stop = stop or StopRequest()
+        self.progress = StoppableProgress(progress or Quiet(), self.stop)
+        self.max_logprob_gap = max_logprob_gap
+        self.cursor = Cursor()
+        self.scores: dict[str, float] = {}
+        self.num_tokens = {"sampled": 0, "trained": 0}
+        self.times_s: dict[str, float] = {"draw": 0.0, "train": 0.0, "watch": 0.0, "save": 0.0}
+        self._stage_state: dict[str, Any] = {}
+        self._round_start: Mapping[str, Any] = {}
+        self._empty_rounds = 0
+        self._last_save = (time.monotonic(), 0)
+
+    # -- places --------------------------------------------------------------------------------
+
+    def context(self, stage: "Stage") -> DrawContext:
+        return DrawContext(
+            seed=self.seed,
+            stage=self.cursor.stage,
+            round=self.cursor.round,
+            sampler=lambda name: self.sampler(stage, name),
+            text=self.text,
+            store=self.run.work(self.cursor.stage, self.cursor.round),
+            progress=self.progress,
+            processes=self.trainer.processes,
+            scores=self.scores,
+            record=self.run.log_event,
+        )
+
+    def place(self, stage: "Stage") -> Place:
+        continues = stage.start_from == "previous"
+        return Place(
+            seed=self.seed,
+            stage=self.cursor.stage,
+            round=self.cursor.round if continues else 0,
+            num_rounds=stage.rounds if continues else 1,
+        )
+
+    def sampler(self, stage: "Stage", name: str) -> Sampler:
+        """The sampler a source asks for. "student" is whatever the stage's `draw_from` says."""
+        if name != "student":
+            return self.weights.sampler(name, name)
+        if self.cursor.step > 0:
+            raise CheckpointError(
+                f"round {self.cursor.round} was already being trained on, but its drawn chunks are missing from "
+                f"{self.run.work(self.cursor.stage, self.cursor.round)}: they cannot be drawn again from changed weights. "
+                "Remove the newest checkpoint to go back to the start of the round."
+            )
+        if stage.draw_from == "current":
+            return self.weights.sampler("student", f"stage{self.cursor.stage}-step{self.cursor.total_steps}")
+        if stage.draw_from.startswith("stage:"):
+            return self.weights.sampler(str(self._stage_folder(stage.draw_from[6:])), stage.draw_from)
+        return self.weights.sampler(stage.draw_from, stage.draw_from)
+
+    def _stage_folder(self, name: str) -> Path:
+        folder = self.run.root / "stages" / name
+        if not folder.is_dir():
+            raise CheckpointError(f"no stage {name!r} has finished in this run: {folder} does not exist")
+        return folder
+
+    # -- a stage -------------------------------------------------------------------------------
+
+    def enter(self, stage: "Stage") -> None:
+        """Begin a stage, or go on with the one the checkpoint was made in."""
+        if self._stage_state:
+            stage.source.restore(self._stage_state["source"])
+            stage.signal.restore(self._stage_state["signal"])
+            for monitor, state in zip(stage.monitors, self._stage_state["monitors"], strict=True):
+                monitor.restore(state)
+            self._stage_state = {}
+        elif self.cursor.stage > 0:
+            self.trainer.optimizer.reset()
+        if self.cursor.round == 0 and self.cursor.step == 0:
+            self.run.log_event("stage", {"stage": self.cursor.stage, "name": stage.name, "rounds": stage.rounds})
+
+    def draw(self, stage: "Stage") -> Draw:
+        """The round's draw: from its committed chunks where there are any."""
+        started = time.perf_counter()
+        self._round_start = stage.source.state()
+        draw = stage.source.draw(self.context(stage))
+        self.trainer.policy.use_plain_attention()
+        if self.cursor.step == 0:
+            self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.author != "recorded")
+            fields = {"stage": self.cursor.stage, "round": self.cursor.round, "trajectories": len(draw), **draw.stats}
+            self.run.log_event("draw", fields)
+            if draw.is_on_policy:
+                self._check_logprob_gap(draw)
+        self.times_s["draw"] += time.perf_counter() - started
+        return draw
+
+    def _check_logprob_gap(self, draw: Draw) -> None:
+        """The sampler's log-probabilities against the trainer's own on the same tokens."""
+        known = [t for t in draw if t.num_targets and t.behaviour_logprobs is not None and not _is_greedy(t)][:32]
+        if not known:
+            return
+        gaps = []
+        for t, scores in zip(known, self.trainer.score(known), strict=True):
+            behaviour = [lp for lp, hit in zip(t.behaviour_logprobs or (), t.is_target, strict=True) if hit]
+            gaps.append(np.abs(np.asarray(scores) - np.asarray(behaviour)))
+        gap = np.concatenate(gaps)
+        fields = {
+            "round": self.cursor.round,
+            "mean_abs_logprob_gap_nats": float(gap.mean()),
+            "max_abs_logprob_gap_nats": float(gap.max()),
+            "frac_ratios_outside_0.9_1.1": float((gap > 0.1).mean()),
+            "num_tokens": int(gap.size),
+        }
+        self.run.log_event("sampler_gap", fields)
+        if self.max_logprob_gap is not None and not gap.mean() <= self.max_logprob_gap:
+            raise NumericsError(
+                f"sampler and trainer must agree on the tokens just sampled: their log-probabilities differ by "
+                f"{gap.mean():.3g} nats on average over {gap.size} tokens (allowed {self.max_logprob_gap:g}). "
+                "The sampler has other weights or another template than the trainer, or its precision is too low."
+            )
+
+    def start_from(self, stage: "Stage") -> None:
+        """Weights and optimiser at the start of a round's training."""
+        if stage.start_from == "previous":
+            return
+        if stage.start_from == "base":
+            weights = self.weights.load_base()
+        else:
+            weights = self.weights.load(self._stage_folder(stage.start_from.removeprefix("stage:")))
+        self.trainer.optimizer.set_weights(weights)
+        self.trainer.optimizer.reset()
+
+    def prepare(self, stage: "Stage", draw: Draw) -> Targets:
+        """The signal's targets. A draw with nothing to train on gives no updates, and says so."""
+        targets = stage.signal.prepare(draw, score_student=self._score_once(stage))
+        if self.cursor.step == 0:
+            self.run.log_event("targets", {"round": self.cursor.round, "divisor": targets.divisor, **targets.stats})
+        if any(r.is_trained for r in targets.rows):
+            self._empty_rounds = 0
+            return targets
+        self._empty_rounds += 1
+        verdicts = [t.verdict for t in draw if t.verdict is not None]
+        reasons: dict[str, int] = {}
+        for v in verdicts:
+            reasons[v.reason] = reasons.get(v.reason, 0) + 1
+        top = ", ".join(f"{n} x {r!r}" for r, n in sorted(reasons.items(), key=lambda kv: -kv[1])[:3])
+        what = (
+            f"stage {stage.name!r}, round {self.cursor.round}: nothing to train on. Of {len(draw)} trajectories "
+            f"{sum(v.is_accepted for v in verdicts)} were accepted and {len(draw.kept())} kept"
+            + (f"; verdicts: {top}" if top else "")
+        )
+        if (verdicts and not any(v.is_accepted for v in verdicts)) or self._empty_rounds >= 3:
+            raise DataError(
+                f"{what}. Sample more per prompt, use easier prompts, check the verifier on a few completions in "
+                f"{self.run.trajectories}, or give demonstrations first (SFT)."
+            )
+        self.run.log_event("empty_round", {"round": self.cursor.round, "why": what})
+        return Targets(rows=[], divisor=targets.divisor)
+
+    def _score_once(self, stage: "Stage") -> Callable[[Sequence[Trajectory]], list[Sequence[float]]]:
+        """Scores under the weights before the round's first update: kept on disk, since a resumed run has others."""
+
+        def score(trajectories: Sequence[Trajectory]) -> list[Sequence[float]]:
+            folder = self.run.work(self.cursor.stage, self.cursor.round)
+            path = folder / "student_logprobs.npz"
+            if path.exists():
+                with np.load(path) as kept:
+                    values, lengths = kept["values"], kept["lengths"]
+                return [part.tolist() for part in np.split(values, np.cumsum(lengths)[:-1])]
+            if self.cursor.step > 0:
+                raise CheckpointError(f"{path} is missing: it cannot be made again from changed weights")
+            scores = self.trainer.score(trajectories)
+            if self.run.is_writer:
+                folder.mkdir(parents=True, exist_ok=True)
+                work = path.with_name(".student_logprobs.npz")
+                values = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores]) if scores else np.zeros(0)
+                np.savez(work, values=values, lengths=np.array([len(s) for s in scores], dtype=np.int64))
+                work.rename(path)
+            self.trainer.processes.wait()
+            return scores
+
+        return score
+
+    def after_step(self, stage: "Stage", record: StepRecord) -> None:
+        """Log the update, save if it is time, and stop if asked to."""
+        self.cursor.step = record.step + 1
+        self.cursor.total_steps += 1
+        self.num_tokens["trained"] += int(record.metrics.get("data/num_tokens", 0))
+        self.times_s["train"] += record.metrics.get("time/step_s", 0.0)
+        place = {"stage": record.stage, "round": self.cursor.round, "step": self.cursor.total_steps}
+        self.run.log_metrics({**place, **record.metrics})
+        stopping = self.trainer.processes.any(self.stop.is_set)
+        if stopping or self._is_time_to_save():
+            self.save(stage)
+        if stopping:
+            raise Interrupted(
+                f"stopped by {self.stop.reason or 'another process'} after step {self.cursor.total_steps}: state saved"
+            )
+
+    def after_round(
+        self, stage: "Stage", draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]
+    ) -> bool:
+        """Keep the draw, act on the monitors, move the cursor. True ends the stage."""
+        if self.run.is_writer:
+            RoundStore.publish(self.run.trajectories, f"stage{self.cursor.stage}-round{self.cursor.round:05d}", draw)
+        should_stop = any(r.should_stop for _, r in reports)
+        for monitor, report in reports:
+            fields = {"round": self.cursor.round, "monitor": type(monitor).__name__, "verdict": report.verdict}
+            self.run.log_event("verdict", {**fields, "stop": report.should_stop, **report.evidence})
+        if any(r.should_revert for _, r in reports):
+            self._revert(stage)
+        self.cursor.round, self.cursor.step = self.cursor.round + 1, 0
+        if stage.monitors or self._is_time_to_save():
+            self.save(stage)
+        return should_stop
+
+    def _revert(self, stage: "Stage") -> None:
+        """Weights and optimiser as they were when the round began; the cursor and the sources go on."""
+        found = checkpoint.newest_good(self.run.checkpoints, self._report_damage)
+        start = {"stage": self.cursor.stage, "round": self.cursor.round, "step": 0}
+        if found is None or {k: found[1]["cursor"][k] for k in start} != start:
+            self.trainer.optimizer.set_weights(self.weights.load_base())
+            self.trainer.optimizer.reset()
+            self.run.log_event("revert", {"round": self.cursor.round, "to": "base"})
+            return
+        folder, _ = found
+        self._load_weights(folder)
+        self.run.log_event("revert", {"round": self.cursor.round, "to": folder.name})
+
+    def leave(self, stage: "Stage") -> None:
+        """End a stage: its weights are kept under its name for later stages to start from."""
+        if self.run.is_writer:
+            self.weights.save(self.run.root / "stages" / stage.name)
+        self.run.log_event("stage_end", {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round})
+        self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
+        self._round_start = {}
+        self.save(None)
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def _is_time_to_save(self) -> bool:
+        at, steps = self._last_save
+        due = self.saving.every_steps is not None and self.cursor.total_steps - steps >= self.saving.every_steps
+        return self.trainer.processes.any(due or time.monotonic() - at >= self.saving.every_s)
+
+    def save(self, stage: "Stage | None") -> None:
+        """A checkpoint of everything the run needs to go on from here."""
+        started = time.perf_counter()
+        self.trainer.processes.wait()
+        if self.run.is_writer:
+            state: dict[str, Any] = {
+                "cursor": asdict(self.cursor),
+                "seed": self.seed,
+                "scores": self.scores,
+                "num_tokens": self.num_tokens,
+                "times_s": self.times_s,
+                "empty_rounds": self._empty_rounds,
+                "logs": self.run.log_sizes(),
+                "stage": {},
+            }
+            if stage is not None:
+                is_mid_round = self.cursor.step > 0
+                state["stage"] = {
+                    "source": self._round_start if is_mid_round else stage.source.state(),
+                    "signal": stage.signal.state(),
+                    "monitors": [m.state() for m in stage.monitors],
+                }
+            name = f"step-{self.cursor.total_steps:07d}-{self.cursor.stage:02d}-{self.cursor.round:05d}"
+            checkpoint.save(self.run.checkpoints, name, self._write, state, keep=self.saving.keep)
+            self._drop_finished_work()
+        self.trainer.processes.wait()
+        self._last_save = (time.monotonic(), self.cursor.total_steps)
+        self.times_s["save"] += time.perf_counter() - started
+
+    def _write(self, folder: Path) -> None:
+        self.weights.save(folder / "model")
+        self.trainer.optimizer.save(folder / "optimizer.safetensors")
+
+    def _drop_finished_work(self) -> None:
+        here = self.run.work(self.cursor.stage, self.cursor.round).name
+        for path in (self.run.root / "work").glob("stage*-round*"):
+            if path.name != here:
+                shutil.rmtree(path)
+
+    def resume(self) -> bool:
+        """Go back to the newest sound checkpoint. False if there is none: the run starts over with its chunks.
+
+        Raises:
+            CheckpointError: there are checkpoints and all are damaged, or the newest is of another seed.
+        """
+        damaged: list[tuple[Path, str]] = []
+        found = checkpoint.newest_good(self.run.checkpoints, lambda p, why: damaged.append((p, why)))
+        if found is None:
+            self.run.cut_logs({})
+            return False
+        folder, state = found
+        if state["seed"] != self.seed:
+            raise CheckpointError(f"{folder} belongs to a run with seed {state['seed']}, not {self.seed}")
+        self.cursor = Cursor(**state["cursor"])
+        self.scores, self.num_tokens, self.times_s = state["scores"], state["num_tokens"], state["times_s"]
+        self._empty_rounds = state["empty_rounds"]
+        self._stage_state = state["stage"]
+        self._load_weights(folder)
+        self.run.cut_logs(state["logs"])
+        for path, why in damaged:
+            self._report_damage(path, why)
+            shutil.rmtree(path)
+        self._last_save = (time.monotonic(), self.cursor.total_steps)
+        return True
+
+    def _load_weights(self, folder: Path) -> None:
+        self.trainer.optimizer.set_weights(self.weights.load(folder / "model"))
+        self.trainer.optimizer.load(folder / "optimizer.safetensors")
+
+    def _report_damage(self, path: Path, why: str) -> None:
+        self.run.log_event("damaged_checkpoint", {"checkpoint": path.name, "why": why})
+
+
+def _is_greedy(trajectory: Trajectory) -> bool:
+    """Greedy tokens carry the unshaped distribution's log-probabilities; they say nothing of a sampling gap."""
+    return any(s.sampling is not None and s.sampling.is_greedy for s in trajectory.spans)
