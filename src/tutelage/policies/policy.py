@@ -41,10 +41,10 @@ class Policy(nn.Module):
 
     Args:
         model: `AutoModelForCausalLM` or a `PeftModel` around one.
-        chunk_size: targets whose logits exist at one time.
+        chunk_size: targets whose logits exist at one time; None lets the numerics choose.
     """
 
-    def __init__(self, model: Any, *, chunk_size: int = 256) -> None:
+    def __init__(self, model: Any, *, chunk_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.chunk_size = chunk_size

@@ -24,12 +24,19 @@ class TablePolicy(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, *, order: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0, chunk_size: int = 256
+        self,
+        vocab_size: int,
+        *,
+        order: int = 1,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         self.vocab_size, self.order, self.chunk_size = vocab_size, order, chunk_size
         generator = torch.Generator().manual_seed(seed)
-        self.table_VD = nn.Parameter(torch.randn(vocab_size, (vocab_size + 1) ** order, dtype=dtype, generator=generator))
+        num_contexts = (vocab_size + 1) ** order
+        self.table_VD = nn.Parameter(torch.randn(vocab_size, num_contexts, dtype=dtype, generator=generator))
 
     @property
     def supports_packing(self) -> bool:

@@ -1,10 +1,8 @@
 """Hard targets: the negative log-likelihood of the tokens their author chose."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
-from tutelage.numerics.logprobs import target_logprobs
+from tutelage.numerics.losses import cross_entropy
 from tutelage.signals.base import Divisor, Stateless, check_divisor, rows_of
 from tutelage.types import Draw, Targets, Trajectory
 
@@ -20,8 +18,8 @@ class HardTargets(Stateless):
             reward in {0, 1} on the first update after a draw).
     """
 
-    is_cross_entropy = True
-    """The loss is -log p of `target_ids_C` and nothing else: the chunked path may use its closed form."""
+    loss = cross_entropy
+    """(C,) nats: -log p of `target_ids_C`, with a hand-written gradient for the chunked path."""
 
     def __init__(self, *, divisor: Divisor = "targets") -> None:
         check_divisor(divisor)
@@ -30,6 +28,3 @@ class HardTargets(Stateless):
     def prepare(self, draw: Draw, *, score_student: Callable[[Sequence[Trajectory]], list[Sequence[float]]]) -> Targets:
         rows = rows_of(draw, self.divisor)
         return Targets(rows=rows, divisor=self.divisor, stats={"data/num_rows": float(len(rows))})
-
-    def loss(self, student_logits_CV: Tensor, targets_C: Mapping[str, Tensor]) -> Tensor:
-        return -target_logprobs(student_logits_CV, targets_C["target_ids_C"])

@@ -1,6 +1,6 @@
 """Resumable states: written whole under another name, flushed, renamed; at most `keep` of them.
 
-    checkpoints/step-000042/
+    checkpoints/step-0000042-00-00001-00003/    updates made, stage, round, updates made in the round
       model/                 full weights, or the adapter: transformers and peft load it as it is
       optimizer.safetensors  moments and step counts
       state.json             cursor, sources, signals, monitors, log sizes, and every file's size and SHA-256
@@ -45,9 +45,17 @@ def save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[
         shutil.rmtree(final)
     os.replace(work, final)
     _fsync(folder)
-    for old in checkpoints(folder)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old)
+    drop_old(folder, keep)
     return final
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`, and never the newest one made at the start of a round: a gate may go back."""
+    found = checkpoints(folder)
+    starts = [p for p in found if p.name.endswith("-00000")]
+    for old in found[: -max(1, keep)]:
+        if old not in starts[-1:]:
+            shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:

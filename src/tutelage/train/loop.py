@@ -49,7 +49,7 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
             reports = [(m, m.after_round(draw, session.context(stage))) for m in stage.monitors]
             if session.after_round(stage, draw, reports):
                 break
-        session.leave(stage)
+        session.leave(stage, is_last=cursor.stage + 1 == len(plan))
 
 
 def describe(plan: Sequence[Stage]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -22,7 +22,7 @@ from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
 from tutelage.train.trainer import Place, Trainer
 from tutelage.types import Draw, DrawContext, Monitor, MonitorReport, Progress, Sampler, StepRecord, Targets, Trajectory
 
-if False:  # for annotations only: the loop imports this module
+if TYPE_CHECKING:  # the loop imports this module
     from tutelage.train.loop import Stage
 
 
@@ -297,20 +297,23 @@ class Session:
 
     def _revert(self, stage: "Stage") -> None:
         """Weights and optimiser as they were when the round began; the cursor and the sources go on."""
-        found = checkpoint.newest_good(self.run.checkpoints, self._report_damage)
-        start = {"stage": self.cursor.stage, "round": self.cursor.round, "step": 0}
-        if found is None or {k: found[1]["cursor"][k] for k in start} != start:
+        start = f"-{self.cursor.stage:02d}-{self.cursor.round:05d}-00000"
+        found = [p for p in checkpoint.checkpoints(self.run.checkpoints) if p.name.endswith(start)]
+        if found:
+            self._load_weights(found[-1])
+        elif self.cursor.stage == 0 and self.cursor.round == 0:
             self.trainer.optimizer.set_weights(self.weights.load_base())
             self.trainer.optimizer.reset()
-            self.run.log_event("revert", {"round": self.cursor.round, "to": "base"})
-            return
-        folder, _ = found
-        self._load_weights(folder)
-        self.run.log_event("revert", {"round": self.cursor.round, "to": folder.name})
+        else:
+            raise CheckpointError(
+                f"cannot go back to the start of round {self.cursor.round}: no checkpoint ending in {start} is left in "
+                f"{self.run.checkpoints}"
+            )
+        self.run.log_event("revert", {"round": self.cursor.round, "to": found[-1].name if found else "base"})
 
-    def leave(self, stage: "Stage") -> None:
-        """End a stage: its weights are kept under its name for later stages to start from."""
-        if self.run.is_writer:
+    def leave(self, stage: "Stage", *, is_last: bool) -> None:
+        """End a stage. Unless it is the last, its weights are kept under its name for later stages to start from."""
+        if self.run.is_writer and not is_last:
             self.weights.save(self.run.root / "stages" / stage.name)
         self.run.log_event("stage_end", {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round})
         self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
@@ -346,7 +349,8 @@ class Session:
                     "signal": stage.signal.state(),
                     "monitors": [m.state() for m in stage.monitors],
                 }
-            name = f"step-{self.cursor.total_steps:07d}-{self.cursor.stage:02d}-{self.cursor.round:05d}"
+            c = self.cursor
+            name = f"step-{c.total_steps:07d}-{c.stage:02d}-{c.round:05d}-{c.step:05d}"
             checkpoint.save(self.run.checkpoints, name, self._write, state, keep=self.saving.keep)
             self._drop_finished_work()
         self.trainer.processes.wait()
