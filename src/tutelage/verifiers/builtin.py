@@ -8,14 +8,15 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tutelage.errors import ConfigError, MissingExtra
+from tutelage.errors import ConfigError, MissingExtra, VerifierError
 from tutelage.types import Status, Task, Trajectory, Verdict, content_hash
 from tutelage.verifiers import judges
-from tutelage.verifiers.judges.text import EXTRACTORS, after_thinking, normalise
+from tutelage.verifiers.judges.gym import REFUSED
+from tutelage.verifiers.judges.text import EXTRACTORS, after_thinking, flag_problem, last_number, normalise
 from tutelage.verifiers.locate import locate_function
 from tutelage.verifiers.pool import Limits, Outcome, WorkerPool
 
@@ -94,6 +95,23 @@ class PooledVerifier:
         for (g, t), outcome in zip(places, self._outcomes(payloads), strict=True):
             verdicts[g][t] = self._verdict(outcome.status, outcome.reason, outcome.score, outcome.key)
         return [[v for v in row if v is not None] for row in verdicts]
+
+    def problem(self, task: Task) -> str | None:
+        """Why no answer to this task could be judged, or None."""
+        return None if task.answer is not None and task.answer.strip() else "it has no gold answer"
+
+    def check(self, tasks: Iterable[Task]) -> None:
+        """Look at the tasks before anything is sampled for them.
+
+        Raises:
+            VerifierError: every verdict on some of them would be an error; says how many and why.
+        """
+        found = [(t.id, p) for t in tasks if (p := self.problem(t)) is not None]
+        if found:
+            raise VerifierError(
+                f"verifier {self.name!r} cannot judge {len(found)} of the tasks; the first is {found[0][0]!r}: "
+                f"{found[0][1]}. Remove these tasks or use another verifier for them"
+            )
 
     def payload(self, task: Task, trajectory: Trajectory, text: str) -> dict[str, Any]:
         """What the judge gets to see."""
@@ -185,12 +203,16 @@ class RegexVerifier(PooledVerifier):
             raise ConfigError("regex cannot be judged in_process: a pattern may run for ever; remove in_process")
         super().__init__({"pattern": pattern, "casefold": casefold, "numeric": numeric}, **common)
 
+    def problem(self, task: Task) -> str | None:
+        return None
+
 
 class LastNumberVerifier(PooledVerifier):
     """The last number of the completion equals the last number of the gold answer, exactly.
 
     `1,234.0` is `1234`; `7.`, `$7` and `7 apples` are 7; `50%` is 50; `1/2` is 0.5; `5-3` holds 5 and 3. A decimal
-    comma, numbers in words and digits other than 0-9 are not read. The verdict's key is the list of calculations in the text.
+    comma, numbers in words and digits other than 0-9 are not read. The verdict's key is the list of calculations in the
+    text.
     """
 
     kind = "last_number"
@@ -198,13 +220,17 @@ class LastNumberVerifier(PooledVerifier):
     def __init__(self, **common: Any) -> None:
         super().__init__({}, **common)
 
+    def problem(self, task: Task) -> str | None:
+        has_number = task.answer is not None and last_number(task.answer) is not None
+        return None if has_number else f"its gold answer {task.answer!r:.60} holds no number"
+
 
 class FlagVerifier(PooledVerifier):
     """The submitted answer is the flag: the gold answer, or what its `sha256:…` is the hash of.
 
     The submission is `trajectory.extra["submission"]` (a text, or a list of which the last counts), else what `extract`
-    takes from the completion. A flag that is only mentioned is rejected, one that stands in the prompt is rejected, and a
-    placeholder for a flag (`flag{...}`, `fake_flag`) is an error verdict.
+    takes from the completion. A flag that is only mentioned is rejected, one that stands in the prompt is rejected, and
+    a placeholder for a flag (`flag{...}`, `fake_flag`) is an error verdict.
     """
 
     kind = "flag"
@@ -231,6 +257,9 @@ class FlagVerifier(PooledVerifier):
         if self.max_attempts is not None and len(submissions) > self.max_attempts:
             return self._verdict("reject", f"{len(submissions)} submissions where {self.max_attempts} are allowed", 0.0)
         return super()._readable(trajectory)
+
+    def problem(self, task: Task) -> str | None:
+        return flag_problem(task.answer, self.pool.options["wrapper"])
 
     def is_empty(self, trajectory: Trajectory) -> bool:
         return not self._submissions(trajectory) and super().is_empty(trajectory)
@@ -310,6 +339,12 @@ class GymVerifier(PooledVerifier):
         options = {"threshold": threshold, "extract": extract, "key": key}
         super().__init__(options, version=f"1-{version}", **common)
 
+    def problem(self, task: Task) -> str | None:
+        gym = task.metadata.get("reasoning_gym")
+        if not isinstance(gym, Mapping) or "name" not in gym:
+            return 'it has no metadata["reasoning_gym"]; load it with data.tasks.reasoning_gym_tasks'
+        return f"{gym['name']} is refused: {REFUSED[gym['name']]}" if gym["name"] in REFUSED else None
+
     def payload(self, task: Task, trajectory: Trajectory, text: str) -> dict[str, Any]:
         return {"completion": text, "gym": task.metadata.get("reasoning_gym")}
 
@@ -318,8 +353,9 @@ class PythonVerifier(PooledVerifier):
     """A user's own function: `function(task: dict, completion: str, trajectory: dict)`.
 
     It returns a bool, a number in [0, 1] (accepted from `threshold`), or a dict with `accepted` or `status`, and
-    optionally `score`, `reason`, `key`. It gets the completion whole, thinking included. Every verdict has a process and an empty
-    working folder of its own (`isolate=False` shares one process, for functions that keep something between calls).
+    optionally `score`, `reason`, `key`. It gets the completion whole, thinking included. Every verdict has a process
+    and an empty working folder of its own (`isolate=False` shares one process, for functions that keep something
+    between calls).
 
     The code is imported in the workers only, never here.
     """
@@ -367,6 +403,9 @@ class PythonVerifier(PooledVerifier):
                 **common,
             },
         )
+
+    def problem(self, task: Task) -> str | None:
+        return None  # what the function needs is its own business
 
     def is_empty(self, trajectory: Trajectory) -> bool:
         """An agent's turn may be nothing but tool calls."""

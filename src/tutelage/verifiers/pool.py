@@ -27,6 +27,7 @@ from tutelage.errors import ConfigError, VerifierError
 _FOLDER = Path(__file__).parent
 _WINDOW = 8  # requests a worker may hold, so that it never waits for the pool between two short ones
 _MAX_REPLY_BYTES = 512 * 1024
+_GRACE_S = 5.0  # how much longer than its time limit a worker may stay silent before it is killed
 _KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
@@ -183,8 +184,8 @@ class WorkerPool:
     """Workers with one judge loaded, and payloads spread over them.
 
     Workers start at the first `run`, stay warm, and are replaced when they die. They end with `close`, with the pool,
-    or with this process. May be used from any thread (calls wait for each other), pickled (workers are not carried), and
-    used in a forked child (which starts its own).
+    or with this process. May be used from any thread (calls wait for each other), pickled (workers are not carried),
+    and used in a forked child (which starts its own).
     """
 
     def __init__(
@@ -441,13 +442,18 @@ class _Run:
                         f"a worker for verifier {self.pool.kind!r} was not ready after {self.pool.limits.start_s} s; "
                         "raise limits.start_s or make the verifier's imports faster"
                     )
-            elif worker.asked and now - worker.since > self.pool.limits.time_s + 5.0:
+            elif worker.asked and now - worker.since > self.pool.limits.time_s + _GRACE_S:
                 self.tries[worker.asked[0]] = self.pool.retries  # a hang is never tried again
                 self._lose(worker, f"no verdict within {self.pool.limits.time_s:g} s, and the worker did not answer")
 
 
 def _error(reason: str) -> Outcome:
-    return Outcome(status="error", score=None, reason=reason[:500], key=None)
+    return Outcome(status="error", score=None, reason=_storable(reason)[:500], key=None)
+
+
+def _storable(text: str) -> str:
+    """The text with lone surrogates as escapes: what a worker sends may hold them, and no file takes them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _outcome(message: dict[str, Any], limits: Limits) -> Outcome:
@@ -471,4 +477,5 @@ def _outcome(message: dict[str, Any], limits: Limits) -> Outcome:
         return _error(f"the worker sent the score {score!r:.40}, which is no number in [0, 1]")
     if key is not None and type(key) is not str:
         return _error(f"the worker sent the key {key!r:.40}, which is no text")
-    return Outcome(status=status, score=float(score), reason=str(reason or "")[:500], key=key)
+    key = None if key is None else _storable(key)
+    return Outcome(status=status, score=float(score), reason=_storable(str(reason or ""))[:500], key=key)

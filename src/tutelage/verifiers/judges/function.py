@@ -16,8 +16,8 @@ class FunctionJudge:
     """Calls `fn(task, completion, trajectory)` and holds its answer to the contract.
 
     Allowed: a bool; a number in [0, 1], accepted from `threshold`; a dict with `accepted` (bool) or `status`, and
-    optionally `score`, `reason`, `key`. Anything else is an error verdict that says what came instead. Types are compared by
-    identity, so an object that claims to equal everything is not a True.
+    optionally `score`, `reason`, `key`. Anything else is an error verdict that says what came instead. Types are
+    compared by identity, so an object that claims to equal everything is not a True.
     """
 
     def __init__(self, *, target: str, threshold: float = 1.0, isolate: bool = True) -> None:

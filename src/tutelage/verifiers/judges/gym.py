@@ -107,18 +107,19 @@ class GymJudge:
         return reject(f"answer {shown(answer)} scores {score:g}, gold {shown(str(entry.get('answer')))}", key, score)
 
     def _scorer(self, gym: Any) -> Any:
-        config = gym.get("config") or {}
-        which = json.dumps([gym["name"], config, gym.get("seed")] if "entry" not in gym else [gym["name"], config])
+        """The data set whose `score_answer` grades; for an entry that is made again, the very one it came from."""
+        made_from = {k: gym[k] for k in ("seed", "size")} if "entry" not in gym else {"seed": 0, "size": 1}
+        settings = {**(gym.get("config") or {}), **made_from}
+        which = json.dumps([gym["name"], settings], sort_keys=True)
         if which not in self._scorers:
-            if len(self._scorers) > 64:
+            if len(self._scorers) >= 64:
                 self._scorers.clear()
-            settings = {"seed": gym.get("seed", 0), "size": 1} if "entry" not in gym else {"seed": 0, "size": 1}
-            self._scorers[which] = self._library.create_dataset(gym["name"], **{**config, **settings})
+            self._scorers[which] = self._library.create_dataset(gym["name"], **settings)
         return self._scorers[which]
 
     def _entry(self, gym: Any) -> dict[str, Any]:
-        """The stored entry, or for entries that JSON cannot hold, the entry made again from its seed."""
-        entry: dict[str, Any] = gym["entry"] if "entry" in gym else self._scorer(gym)[0]
+        """The stored entry, or for entries that JSON cannot hold, the entry made again."""
+        entry: dict[str, Any] = gym["entry"] if "entry" in gym else self._scorer(gym)[gym["index"]]
         return entry
 
     def _gold_passes(self, dataset: Any, entry: dict[str, Any]) -> bool:

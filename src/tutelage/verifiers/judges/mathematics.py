@@ -57,7 +57,7 @@ class MathJudge:
 
     def _parse_gold(self, gold: str) -> list[Any]:
         """A gold answer is bare LaTeX, a number, or a text that holds a box or dollars."""
-        if re.search(r"\\boxed|\$|\\\(|\\\[", gold):
+        if re.search(r"\\boxed|(?<!\\)\$|\\\(|\\\[", gold):
             return self._parse(gold)
         return self._parse(f"\\boxed{{{gold}}}") or self._parse(gold)
 

@@ -12,6 +12,7 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
 # One pass, no nested repetition: linear in the text.
 _NUMBER = re.compile(
+    r"(?=[-+\u2212$€£.]{0,3}[0-9])"
     r"(?<![\w.])"  # not inside a word, a version or another number
     r"(?P<sign>(?<![\w)\]}])[-+\u2212])?"  # 5-3 holds 5 and 3; (-3) and = -3 hold -3
     r"[$€£]?"
@@ -224,13 +225,9 @@ class FlagJudge(_TextJudge):
 
     def judge(self, payload: Payload) -> Result:
         gold = payload["gold"]
-        if gold is None or not gold.strip():
-            return error("the task has no flag")
-        digest = gold.strip().lower().removeprefix("sha256:") if gold.strip().lower().startswith("sha256:") else None
-        if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            return error("the gold answer starts with sha256: and is not followed by 64 hex digits")
-        if digest is None and self._is_placeholder(gold):
-            return error(f"the gold answer {shown(gold)} is a placeholder, not a flag")
+        if (problem := flag_problem(gold, self.wrapper)) is not None:
+            return error(problem)
+        digest = _digest(gold)
         if self._is_in_prompt(payload["prompt"], gold, digest):
             return reject("the flag stands in the prompt: submitting it shows nothing")
         submission = payload["submission"]
@@ -257,16 +254,30 @@ class FlagJudge(_TextJudge):
             return {inner}
         return {inner, normalise(f"{self.wrapper[0]}{inner}{self.wrapper[1]}", casefold=self.casefold)}
 
-    def _is_placeholder(self, gold: str) -> bool:
-        inner = re.fullmatch(r"[\w-]*\{(.*)\}", normalise(gold), re.DOTALL)
-        return _PLACEHOLDER.search(unwrap(normalise(gold), self.wrapper) if inner is None else inner[1]) is not None
-
     def _is_in_prompt(self, prompt: str, gold: str, digest: str | None) -> bool:
         prompt = normalise(prompt, casefold=self.casefold)
         if digest is not None:
             words = {w for t in prompt.split() for w in (t, t.strip(".,;:!?\"'`()"))}
             return any(digest in {_sha256(f) for f in self._forms(w)} for w in words)
         return any(len(form) >= 6 and form in prompt for form in self._forms(gold))
+
+
+def _digest(gold: str) -> str | None:
+    """The hash that a hashed flag is given as, or None for a flag given as it is."""
+    gold = gold.strip().lower()
+    return gold.removeprefix("sha256:").strip() if gold.startswith("sha256:") else None
+
+
+def flag_problem(gold: str | None, wrapper: Sequence[str] | None) -> str | None:
+    """Why this gold answer is no flag, or None."""
+    if gold is None or not gold.strip():
+        return "the task has no flag"
+    if (digest := _digest(gold)) is not None:
+        is_hash = re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+        return None if is_hash else "the gold answer starts with sha256: and is not followed by 64 hex digits"
+    inner = re.fullmatch(r"[\w-]*\{(.*)\}", normalise(gold), re.DOTALL)
+    secret = unwrap(normalise(gold), wrapper) if inner is None else inner[1]
+    return f"the gold answer {shown(gold)} is a placeholder, not a flag" if _PLACEHOLDER.search(secret) else None
 
 
 def _sha256(text: str) -> str:
