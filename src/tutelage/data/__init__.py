@@ -9,18 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage.data.collate import Batch, input_length
+    from tutelage.data.files import DiskError
     from tutelage.data.pack import Packing, microbatches, pack_padded, pack_tokens
+    from tutelage.data.rounds import RoundStore
+    from tutelage.data.store import Shard, TrajectoryStore, TrajectoryWriter
 
 _MODULE_OF = {
     "Batch": "collate",
+    "DiskError": "files",
     "Packing": "pack",
+    "RoundStore": "rounds",
+    "Shard": "store",
+    "TrajectoryStore": "store",
+    "TrajectoryWriter": "store",
     "input_length": "collate",
     "microbatches": "pack",
     "pack_padded": "pack",
     "pack_tokens": "pack",
 }
 
-__all__ = ["Batch", "Packing", "input_length", "microbatches", "pack_padded", "pack_tokens"]
+__all__ = [
+    "Batch",
+    "DiskError",
+    "Packing",
+    "RoundStore",
+    "Shard",
+    "TrajectoryStore",
+    "TrajectoryWriter",
+    "input_length",
+    "microbatches",
+    "pack_padded",
+    "pack_tokens",
+]
 
 
 def __getattr__(name: str) -> Any:

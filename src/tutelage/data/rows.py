@@ -86,6 +86,7 @@ SCHEMA = pa.schema(
 """Log-probabilities and entropies are doubles, so that a resumed run sees the bits it would have had. `not_utf8` is
 null, or JSON text of the columns whose text UTF-8 cannot hold (lone surrogates); those columns then hold U+FFFD."""
 
+_ROW = pa.struct(list(SCHEMA))
 _DERIVED = {
     *("prompt_hash", "completion_hash", "author", "policy_version", "role_codes", "is_sampled", "is_trainable"),
     *("num_tokens", "num_sampled", "num_targets"),
@@ -263,18 +264,25 @@ def encode(row: Mapping[str, Any]) -> pa.RecordBatch:
         if clean is not value:
             stored[name], not_utf8[name] = clean, value
     stored["not_utf8"] = json.dumps(not_utf8) if not_utf8 else None
-    arrays = []
+    try:
+        encoded = pa.array([stored], type=_ROW)
+        batch = pa.RecordBatch.from_struct_array(encoded)
+        missing = [f.name for f in SCHEMA if not f.nullable and stored[f.name] is None]
+        if missing:
+            raise TypeError(f"{missing[0]} may not be None")
+        return pa.RecordBatch.from_arrays(batch.columns, schema=SCHEMA)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"trajectory {row['id']}: {_misfit(stored) or error}") from error
+
+
+def _misfit(stored: Mapping[str, Any]) -> str:
+    """Which column a row's value does not fit, and why."""
     for field in SCHEMA:
-        value = stored[field.name]
         try:
-            if value is None and not field.nullable:
-                raise TypeError("it may not be None")
-            arrays.append(pa.array([value], type=field.type))
+            pa.array([stored[field.name]], type=field.type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise DataError(
-                f"trajectory {row['id']}: {field.name} does not fit its column ({field.type}): {error}"
-            ) from error
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+            return f"{field.name} does not fit its column ({field.type}): {error}"
+    return ""
 
 
 def decode(batch: pa.RecordBatch) -> list[Trajectory]:

@@ -392,7 +392,7 @@ class TrajectoryStore:
             raise DataError(f"shard {path} ({shard.rows} trajectories) is named by the manifest and missing. {others}")
         if path.stat().st_size != shard.bytes:
             raise DataError(
-                f"shard {path} is damaged: it has {path.stat().st_size} bytes, the manifest says {shard.bytes}. {others}"
+                f"shard {path} is damaged: {path.stat().st_size} bytes, the manifest says {shard.bytes}. {others}"
             )
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
