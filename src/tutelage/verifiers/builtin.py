@@ -136,7 +136,7 @@ class PooledVerifier:
             return self._verdict("reject", "truncated", 0.0)
         if self.is_empty(trajectory):
             return self._verdict("reject", "empty", 0.0)
-        if not self.strip_thinking:
+        if not self.strip_thinking or not trajectory.completion:
             return trajectory.completion
         text = after_thinking(trajectory.completion)
         if text is None:

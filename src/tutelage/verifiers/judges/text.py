@@ -211,7 +211,10 @@ class LastNumberJudge(_TextJudge):
         )
 
 
-_PLACEHOLDER = re.compile(r"(?i)fake|placeholder|redacted|example|dummy|your[_ ]?flag|^(test|flag|todo|x+|\.+|…|-+|)$")
+_PLACEHOLDER_WORDS = {
+    "this", "is", "a", "the", "my", "your", "fake", "dummy", "sample", "example", "test", "placeholder", "redacted",
+    "insert", "flag", "goes", "here", "todo", "",
+}  # fmt: skip
 
 
 class FlagJudge(_TextJudge):
@@ -240,7 +243,7 @@ class FlagJudge(_TextJudge):
     def _compare(self, submission: str, gold: str, digest: str | None) -> Result:
         forms = self._forms(submission)
         is_same = bool(forms & self._forms(gold)) if digest is None else digest in map(_sha256, forms)
-        key = _sha256(min(forms, key=len))[:16]
+        key = _sha256(min(forms, key=lambda f: (len(f), f)))[:16]
         return (
             accept(f"submitted {shown(submission)}", key)
             if is_same
@@ -252,7 +255,9 @@ class FlagJudge(_TextJudge):
         inner = normalise(unwrap(normalise(text), self.wrapper), casefold=self.casefold)
         if self.wrapper is None:
             return {inner}
-        return {inner, normalise(f"{self.wrapper[0]}{inner}{self.wrapper[1]}", casefold=self.casefold)}
+        wrapped = normalise(f"{self.wrapper[0]}{inner}{self.wrapper[1]}", casefold=self.casefold)
+        is_double = unwrap(inner, self.wrapper) != inner  # one layer is taken off, not two
+        return {wrapped} if is_double else {inner, wrapped}
 
     def _is_in_prompt(self, prompt: str, gold: str, digest: str | None) -> bool:
         prompt = normalise(prompt, casefold=self.casefold)
@@ -277,7 +282,9 @@ def flag_problem(gold: str | None, wrapper: Sequence[str] | None) -> str | None:
         return None if is_hash else "the gold answer starts with sha256: and is not followed by 64 hex digits"
     inner = re.fullmatch(r"[\w-]*\{(.*)\}", normalise(gold), re.DOTALL)
     secret = unwrap(normalise(gold), wrapper) if inner is None else inner[1]
-    return f"the gold answer {shown(gold)} is a placeholder, not a flag" if _PLACEHOLDER.search(secret) else None
+    words = re.split(r"[\s_-]+", secret.strip(".…*?<>[] ").casefold())
+    is_placeholder = all(w in _PLACEHOLDER_WORDS or not w.strip("x") for w in words)
+    return f"the gold answer {shown(gold)} is a placeholder, not a flag" if is_placeholder else None
 
 
 def _sha256(text: str) -> str:
