@@ -11,6 +11,7 @@ Control tokens are ids only where the template writes them. In what users, tools
 import datetime
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from tutelage.errors import TemplateError
 from tutelage.text.encode import Encoder
 from tutelage.text.probe import TemplateReport, probe
 from tutelage.text.render import Escaper, Rendered, TemplateRenderer, render_marked
-from tutelage.text.turns import Turn, find_turn, label_prompt, label_sample, to_spans
+from tutelage.text.turns import Turn, find_turn, label_prompt, label_sample, lost_text, to_spans
 from tutelage.text.vocabulary import EosPad, check_eos_pad, vocabulary_differences
 from tutelage.types import Completion, SamplingParams, Span, Task, content_hash
 
@@ -126,6 +127,11 @@ class ChatText:
         encoded, _ = self._encoder.encode(rendered)
         labels = label_prompt(rendered, [str(m["role"]) for m in task.messages])
         return to_spans(encoded, labels)
+
+    def check_prompts(self, tasks: Iterable[Task]) -> list[str]:
+        """What the template would not show of the prompts of these tasks, one sentence each, with how many it hits."""
+        found = Counter(s for t in tasks for s in self.report.lossy(t.messages, t.tools))
+        return [f"{sentence}, in {n} prompts" for sentence, n in found.most_common()]
 
     def _prompt_messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not messages or messages[-1].get("role") == "assistant":
@@ -246,11 +252,11 @@ class ChatText:
             )
         flags = train_flags(messages, train)
         samples: list[list[Span]] = []
-        for sample in self._samples(messages, flags, author, tools):
+        for sample in self._samples(messages, flags, author, tools, allow_lossy=allow_lossy):
             if max_tokens is None or _num_tokens(sample.spans) <= max_tokens:
                 samples.append(sample.spans)
             elif overlong == "split":
-                samples += self._split(messages, sample.turns, author, tools, max_tokens)
+                samples += self._split(messages, sample.turns, author, tools, max_tokens, allow_lossy=allow_lossy)
             elif overlong == "error":
                 raise TemplateError(
                     f"a sample must have at most {max_tokens} tokens, got {_num_tokens(sample.spans)} (up to message "
@@ -259,7 +265,13 @@ class ChatText:
         return samples
 
     def _samples(
-        self, messages: Sequence[Message], flags: Sequence[bool], author: str, tools: Sequence[Mapping[str, Any]]
+        self,
+        messages: Sequence[Message],
+        flags: Sequence[bool],
+        author: str,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        allow_lossy: bool,
     ) -> list["_Sample"]:
         wanted = [i for i, flag in enumerate(flags) if flag]
         if not wanted:
@@ -274,6 +286,12 @@ class ChatText:
         groups: list[list[Turn]] = []
         for index in wanted:
             turn = find_turn(self._renderer, self._encoder.written, self.report, escaped, escaped_tools, index)
+            lost = "" if allow_lossy else lost_text(turn, escaped[index])
+            if lost:
+                raise TemplateError(
+                    f"the chat template silently drops what the assistant says in message {index}: {lost[:60]!r}. "
+                    "Use a template that shows it (template=), or allow the loss (allow_lossy=True)."
+                )
             if groups and turn.keeps(groups[-1][-1]):
                 groups[-1].append(turn)
             else:
@@ -333,12 +351,14 @@ class ChatText:
         author: str,
         tools: Sequence[Mapping[str, Any]],
         limit: int,
+        *,
+        allow_lossy: bool,
     ) -> list[list[Span]]:
         """Samples of whole turns that fit, each turn trained once, with as much of the latest context as fits."""
 
         def attempt(chat: Sequence[Message], wanted: Sequence[int]) -> list["_Sample"] | None:
             flags = [i in wanted for i in range(len(chat))]
-            found = self._samples(chat, flags, author, tools)
+            found = self._samples(chat, flags, author, tools, allow_lossy=allow_lossy)
             return found if all(_num_tokens(s.spans) <= limit for s in found) else None
 
         samples: list[list[Span]] = []

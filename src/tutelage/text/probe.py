@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.errors import TemplateError
-from tutelage.text.render import MessageForm, TemplateRenderer
+from tutelage.text.render import REASONING_FIELDS, MessageForm, TemplateRenderer
 
 _USER, _REPLY, _LATER, _SYSTEM = "qzuserqz", "qzreplyqz", "qzlaterqz", "qzsystemqz"
 _THOUGHT, _RESULT = "qzthoughtqz", "qzresultqz"
@@ -53,6 +53,8 @@ class TemplateReport:
     tool_results: str
     reasoning: str
     """`reasoning_content` of the newest turn."""
+    inline_reasoning: str
+    """Reasoning inside the content of the newest turn, between <think> and </think>."""
     earlier_reasoning: str
     """Reasoning of a turn once a user has answered it."""
     reasoning_before_tool: str
@@ -98,6 +100,7 @@ class TemplateReport:
             ("a second tool call in one turn", self.parallel_tool_calls),
             ("tool results", self.tool_results),
             ("the assistant's reasoning", self.reasoning),
+            ("reasoning inside the content, up to </think>", self.inline_reasoning),
         ):
             if what.startswith(("what the", "a second")) and self.tool_calls != KEPT:
                 continue
@@ -146,10 +149,11 @@ class TemplateReport:
             (self.system, "system messages", any(m.get("role") == "system" for m in messages)),
             (self.tool_definitions, "tool definitions", bool(tools)),
             (self.tool_calls, "tool calls", bool(calls)),
-            (self.tool_call_content, "what is said beside a tool call", any(_has_text(m) for m in calls)),
+            (self.tool_call_content, "what is said beside a tool call", any(_text(m).strip() for m in calls)),
             (self.parallel_tool_calls, "a second tool call in one turn", any(len(m["tool_calls"]) > 1 for m in calls)),
             (self.tool_results, "tool results", any(m.get("role") == "tool" for m in messages)),
             (self.reasoning, "the assistant's reasoning", any(_has_reasoning(m) for m in said)),
+            (self.inline_reasoning, "reasoning inside the content", any("</think>" in _text(m) for m in said)),
         )
         verb = {REFUSED: "does not take"}
         return [
@@ -160,13 +164,14 @@ class TemplateReport:
         ]
 
 
-def _has_text(message: Mapping[str, Any]) -> bool:
+def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
-    return bool(content.strip()) if isinstance(content, str) else bool(content)
+    parts = content if isinstance(content, list) else [content]
+    return "".join(str(p.get("text", "") if isinstance(p, Mapping) else p or "") for p in parts)
 
 
 def _has_reasoning(message: Mapping[str, Any]) -> bool:
-    return any(isinstance(message.get(k), str) and message[k].strip() for k in ("reasoning_content", "reasoning"))
+    return any(isinstance(message.get(k), str) and message[k].strip() for k in REASONING_FIELDS)
 
 
 def _user(text: str = _USER) -> dict[str, Any]:
@@ -212,15 +217,17 @@ class _Probe:
             string, self.renderer.form = self.renderer.form, parts
             if self.fate(_USER, _user()) != KEPT:
                 self.renderer.form = string
-        arguments = "none"
+        shown: dict[str, str] = {}
         for kind in ("text", "object"):
             self.renderer.form = dataclasses.replace(self.renderer.form, arguments=kind, empty_content="missing")
             text = self.text(_user(), _said(None, tool_calls=_calls(_VALUE)))
             text = text or self._with_empty_content(_user(), _said(None, tool_calls=_calls(_VALUE)))
-            # A template that writes the text as a JSON string escapes its quotes: it wants the object.
-            if text and _KEY in text and _VALUE in text and f'\\"{_KEY}' not in text:
-                arguments = kind
-                break
+            if text and _KEY in text and _VALUE in text:
+                shown[kind] = text
+        # The raw text is kept where the template writes it as it writes the object, or takes nothing else. One that
+        # wants the object writes the text differently: quoted as a JSON string, or in braces of its own.
+        arguments = "text" if shown.get("object", shown.get("text")) == shown.get("text") and shown else "object"
+        arguments = arguments if shown else "none"
         self.renderer.form = dataclasses.replace(self.renderer.form, arguments=arguments, empty_content="missing")
         without = self.text(_user(), _said(None, tool_calls=_calls(_VALUE)))
         if without is None or "None" in without:
@@ -384,6 +391,7 @@ def probe(renderer: TemplateRenderer, controls: re.Pattern[str]) -> TemplateRepo
         parallel_tool_calls=p.fate(_LATER, _user(), _said(None, tool_calls=_calls(_VALUE, _LATER))),
         tool_results=p.fate(_RESULT, _user(), call, _result()),
         reasoning=p.fate(_THOUGHT, _user(), thinking),
+        inline_reasoning=p.fate(_THOUGHT, _user(), _said(f"<think>\n{_THOUGHT}\n</think>\n\n{_REPLY}")),
         earlier_reasoning=p.fate(_THOUGHT, _user(), thinking, _user(_LATER)),
         reasoning_before_tool=p.fate(_THOUGHT, _user(), thinking_call, _result()),
         prompt_is_prefix=bool(prompt and answered and answered.startswith(prompt)),

@@ -9,6 +9,7 @@ Two tricks with private-use characters, which no template writes:
            and it does not, contents are searched for instead.
 """
 
+import bisect
 import datetime
 import json
 import re
@@ -20,8 +21,10 @@ from tutelage.errors import TemplateError
 
 _MARKS = 0xF0000  # plane 15: a pair of marks for each content field
 _ESCAPES = 0x100000  # plane 16: one character for each escaped string
+_MARK = re.compile("[\U000f0000-\U000fffff]")
 _PRIVATE = re.compile("[\U000f0000-\U000fffff\U00100000-\U0010ffff]")
 _ROLE = re.compile(r"[A-Za-z][\w\-]*\Z")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FLAGS = ("trainable", "loss", "weight")
@@ -105,7 +108,9 @@ class TemplateRenderer:
     form: MessageForm = field(default_factory=MessageForm)
 
     def __post_init__(self) -> None:
-        self.has_generation_markers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        self.has_generation_markers = (
+            re.search(r"\{%-?\s*generation\s*-?%\}", _COMMENT.sub("", self.template)) is not None
+        )
         self._source = self.template
         formats = dict.fromkeys(m[2] for m in re.finditer(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", self.template))
         if formats and self.date is not None:
@@ -320,25 +325,21 @@ def marked(messages: Sequence[Mapping[str, Any]], roles: Callable[[str], bool]) 
 
 
 def unmarked(text: str) -> tuple[str, list[Region], list[int]]:
-    """The text without marks, the regions between complete pairs, and where each character stood before."""
-    chars: list[str] = []
-    origin: list[int] = []
+    """The text without marks, the regions between complete pairs, and where the marks stood."""
     opened: dict[int, int] = {}
     regions: list[Region] = []
-    for at, char in enumerate(text):
-        index = ord(char) - _MARKS
-        if 0 <= index < 0x10000:
-            which, is_end = divmod(index, 2)
-            if not is_end:
-                opened[which] = len(chars)
-            elif which in opened:
-                message, name = divmod(which, len(_MARKED_FIELDS))
-                regions.append(Region(opened.pop(which), len(chars), message, _MARKED_FIELDS[name]))
-        else:
-            chars.append(char)
-            origin.append(at)
+    places: list[int] = []
+    for match in _MARK.finditer(text):
+        which, is_end = divmod(ord(match[0]) - _MARKS, 2)
+        here = match.start() - len(places)
+        places.append(match.start())
+        if not is_end:
+            opened[which] = here
+        elif which in opened:
+            message, name = divmod(which, len(_MARKED_FIELDS))
+            regions.append(Region(opened.pop(which), here, message, _MARKED_FIELDS[name]))
     regions.sort(key=lambda r: (r.start, r.stop))
-    return "".join(chars), _without_overlap(regions), origin
+    return _MARK.sub("", text), _without_overlap(regions), places
 
 
 def _without_overlap(regions: list[Region]) -> list[Region]:
@@ -383,11 +384,10 @@ def render_marked(
     every = [m.span() for m in patterns.written.finditer(text)]
     for roles in (lambda role: True, lambda role: role != "assistant"):
         marks = renderer.render(marked(messages, roles), tools, prompt=prompt)
-        bare, regions, origin = unmarked(marks)
+        bare, regions, places = unmarked(marks)
         if bare == text:
-            back = {at: i for i, at in enumerate(origin)}
             # Marks stand between a content and its neighbours, so no control token is found across that border.
             found = [m.span() for m in patterns.written.finditer(marks)]
-            controls = [(back[a], back[b - 1] + 1) for a, b in found if a in back and b - 1 in back]
+            controls = [(a - bisect.bisect(places, a), b - bisect.bisect(places, a)) for a, b in found]
             return Rendered(text, tuple(regions), {}, tuple(controls), controls == every, spans)
     return Rendered(text, tuple(searched(text, messages)), {}, tuple(every), True, spans)

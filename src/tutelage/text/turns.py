@@ -102,6 +102,8 @@ def find_turn(
                 f"{start} characters {text[start : start + 40]!r} instead of {prompt[start : start + 40]!r}. It cannot "
                 "be said which tokens the assistant wrote; use another template."
             )
+    if report.header and text.startswith(report.header, start):  # a prompt without a header, as after tool results
+        start += len(report.header)
     if not _has_reasoning(message):
         blank = report.empty_reasoning
         # Not the blanks after it where it is followed by something else than in the probe.
@@ -118,6 +120,18 @@ def find_turn(
     )
 
 
+def lost_text(turn: Turn, message: Mapping[str, Any]) -> str:
+    """What the assistant said in a turn and the rendered turn does not have, "" if nothing; blanks do not count."""
+    shown = "".join(turn.text[turn.start :].split())
+    said = [message.get("reasoning_content"), *re.split(r"</?think>", _content(message))]
+    return next((s for s in said if s and "".join(s.split()) not in shown), "")
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else "".join(p["text"] for p in content or ())
+
+
 def _first_header(text: str, report: TemplateReport) -> str:
     """Everything up to the assistant's first words, for a conversation that begins with them."""
     at = text.find(report.header) if report.header else -1
@@ -130,8 +144,7 @@ def _first_header(text: str, report: TemplateReport) -> str:
 
 
 def _has_reasoning(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    return bool(message.get("reasoning_content")) or (isinstance(content, str) and "</think>" in content)
+    return bool(message.get("reasoning_content")) or "</think>" in _content(message)
 
 
 def _stop_end(text: str, start: int, controls: re.Pattern[str], stops: set[str]) -> int | None:
