@@ -383,6 +383,8 @@ class _Run:
                         self._receive(worker, message)
                     if not is_open:
                         self._lose(worker, "the worker process was killed before its verdict")
+            except VerifierError:  # the judge cannot be loaded; a ValueError too, so it goes first
+                raise
             except (OSError, ValueError, RecursionError):
                 self._lose(worker, "the worker process was lost before its verdict")
 

@@ -152,7 +152,6 @@ class Server:
         self.channel, self.judge, self.limits, self.folder = channel, judge, limits, folder
         self.has_namespace = has_namespace
         self.child: tuple[int, Channel] | None = None
-        self.count = 0
 
     def serve(self) -> None:
         while (request := self.channel.receive()) is not None:
@@ -167,8 +166,7 @@ class Server:
             return {"failed": f"the verifier could not be set up for this task: {type(e).__name__}: {str(e)[:300]}"}
         token = os.urandom(8).hex()
         if is_isolated:
-            self.count += 1
-            place = os.path.join(self.folder, f"{os.getpid()}-{self.count}")
+            place = os.path.join(self.folder, token)  # not by process id: every namespace has the same ones
             os.mkdir(place)
             child = self.fork(payload, token, place)
             outcome = self.wait(child, token)
