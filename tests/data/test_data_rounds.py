@@ -35,7 +35,7 @@ def test_a_chunk_is_committed_once(tmp_path):
     before = (tmp_path / "r" / "chunk-000000.parquet").stat().st_mtime_ns
     store.commit(0, [drawn(99)])  # a nan equals itself here
     assert (tmp_path / "r" / "chunk-000000.parquet").stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="chunk-000000.parquet is already committed with other trajectories"):
+    with pytest.raises(DataError, match=r"chunk-000000.parquet is already committed with other trajectories"):
         store.commit(0, [drawn(1)])
     with pytest.raises(DataError, match="numbered from 0, got -1"):
         store.commit(-1, [])
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_no_part_of_a_chunk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(
-        DiskError, match=r"chunk-000001.parquet could not be written: No space left.*1 chunks committed"
+        DiskError, match=r"chunk-000001.parquet could not be written: No space.*1 chunks committed"
     ):
         store.commit(1, [drawn(1)])
     monkeypatch.undo()

@@ -258,7 +258,7 @@ def test_no_store_no_manifest_bad_manifest_later_version(tmp_path):
     path = tmp_path / "s" / "manifest.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "schema_version": 99}))
-    with pytest.raises(DataError, match="schema version 99.*up to schema version 1"):
+    with pytest.raises(DataError, match=r"schema version 99.*up to schema version 1"):
         TrajectoryStore(tmp_path / "s")
     path.write_text("{")
     with pytest.raises(DataError, match=r"manifest.json must be the manifest .* cannot be read"):
@@ -322,7 +322,7 @@ def test_a_full_disk_is_said_and_earlier_shards_stay(tmp_path, monkeypatch, when
         real(source, target)
 
     monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(DiskError, match="No space left on device.*intact.*Free some space") as caught:
+    with pytest.raises(DiskError, match=r"No space left on device.*intact.*Free some space") as caught:
         write(tmp_path / "s", 4, rows_per_shard=2)
     assert isinstance(caught.value, OSError) and caught.value.exit_code == 1
     monkeypatch.undo()

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage.data.collate import Batch, input_length
+    from tutelage.data.demos import Demo, read_demos
     from tutelage.data.files import DiskError
     from tutelage.data.pack import Packing, microbatches, pack_padded, pack_tokens
+    from tutelage.data.quarantine import Quarantine
     from tutelage.data.rounds import RoundStore
     from tutelage.data.store import Shard, TrajectoryStore, TrajectoryWriter
 
 _MODULE_OF = {
     "Batch": "collate",
+    "Demo": "demos",
     "DiskError": "files",
     "Packing": "pack",
+    "Quarantine": "quarantine",
     "RoundStore": "rounds",
     "Shard": "store",
     "TrajectoryStore": "store",
@@ -26,12 +30,15 @@ _MODULE_OF = {
     "microbatches": "pack",
     "pack_padded": "pack",
     "pack_tokens": "pack",
+    "read_demos": "demos",
 }
 
 __all__ = [
     "Batch",
+    "Demo",
     "DiskError",
     "Packing",
+    "Quarantine",
     "RoundStore",
     "Shard",
     "TrajectoryStore",
@@ -40,6 +47,7 @@ __all__ = [
     "microbatches",
     "pack_padded",
     "pack_tokens",
+    "read_demos",
 ]
 
 
