@@ -298,10 +298,8 @@ class _Sides:
 
     def __init__(self, stream: _Stream, num_heldout: int) -> None:
         self.stream = stream
-        while stream.num_distinct < num_heldout and stream.more():
-            pass
-        self.is_small = stream.num_draws > 1.05 * num_heldout + 2 or stream.is_exhausted
-        if num_heldout and self.is_small:
+        is_small = num_heldout > 0 and self._looks_small(num_heldout)
+        if is_small:
             while stream.more():
                 pass
             self.heldout = self._whole_classes(num_heldout)
@@ -313,6 +311,18 @@ class _Sides:
                 f"which {len(self.heldout)} can be held out, and heldout={num_heldout} was asked for. Lower heldout"
             )
         self.classes = {item.canonical for item in self.heldout}
+
+    def _looks_small(self, num_heldout: int) -> bool:
+        """True where at least a tenth of 2 * num_heldout + 50 draws repeat: under about 10 * num_heldout + 250 questions.
+
+        Small sets are enumerated, so that classes can be held out whole. In large ones what is lost to neither side
+        does not matter.
+        """
+        stream, num_probes = self.stream, 2 * num_heldout + 50
+        while stream.num_draws < num_probes or stream.num_distinct < num_heldout:
+            if not stream.more():
+                return True
+        return stream.num_draws - stream.num_distinct >= 0.1 * stream.num_draws
 
     def _whole_classes(self, num_heldout: int) -> list[_Item]:
         """Exactly `num_heldout` questions in classes that are complete, so that none is lost to both sides."""
@@ -366,7 +376,9 @@ def _gym_factory(name: str, config: dict[str, Any]) -> Callable[[int], Any]:
 
     def create(seed: int) -> Any:
         try:
-            return reasoning_gym.create_dataset(name, seed=seed, size=_CHUNK, **config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)  # a dependency leaves its data file open
+                return reasoning_gym.create_dataset(name, seed=seed, size=_CHUNK, **config)
         except (TypeError, ValueError, AssertionError) as e:
             raise ConfigError(f"reasoning-gym {name} does not take the settings {config}: {e}") from e
 
@@ -433,18 +445,18 @@ def _load(path: Path, read: Callable[[Mapping[str, Any], int], Task]) -> Loaded:
                 continue
             try:
                 task = read(_record(raw), line)
-                if (first := asked.get(task.hash)) is not None:
-                    raise DataError(f"asks the same as line {first}")
-                if (first := ids.get(task.id)) is not None:
-                    raise DataError(f"has the same id {task.id!r} as line {first}")
+                if (twin := asked.get(task.hash)) is not None:
+                    raise DataError(f"asks the same as line {twin}")
+                if (twin := ids.get(task.id)) is not None:
+                    raise DataError(f"has the same id {task.id!r} as line {twin}")
             except DataError as e:
                 problems.append(Problem(f"{path.name}:{line}", str(e)))
                 continue
             asked[task.hash] = ids[task.id] = line
             tasks.append(replace(task, metadata={**task.metadata, "origin": f"{path.name}:{line}"}))
     if not tasks:
-        first_problem = f"; the first of {len(problems)} problems: {problems[0].origin}: {problems[0].reason}"
-        raise DataError(f"{path} holds no usable task{first_problem if problems else ': it is empty'}")
+        first = f"; the first of {len(problems)} problems: {': '.join(problems[0])}" if problems else ": it is empty"
+        raise DataError(f"{path} holds no usable task{first}")
     return Loaded(tasks, problems)
 
 
