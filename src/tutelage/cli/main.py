@@ -1,0 +1,137 @@
+"""`tutelage COMMAND`. Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted and resumable."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tutelage.errors import TutelageError
+
+app = typer.Typer(
+    name="tutelage",
+    help="Post-train language models by imitation: SFT, distillation and rejection sampling.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes: run verifier code outside the config's folder.")]
+
+
+def console(is_json: bool = False) -> Console:
+    """Messages go to stderr where stdout carries JSON."""
+    return Console(stderr=is_json, highlight=False)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file: a method, or a plan of stages.")],
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, data, tokens and time; train nothing.")] = False,
+    as_json: Json = False,
+    yes: Yes = False,
+) -> None:
+    """Train by a config: `tutelage train examples/sft_chat.yaml train.lr=1e-5`."""
+    from tutelage.cli import runs
+
+    run_config, folder = runs.load(config, settings or [])
+    out = console(as_json)
+    if dry_run:
+        runs.dry_run(run_config, folder, out, as_json=as_json, yes=yes)
+    else:
+        runs.show(runs.train(run_config, folder, out, yes=yes), out, as_json=as_json)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that was stopped or killed.")],
+    as_json: Json = False,
+    yes: Yes = False,
+) -> None:
+    """Go on with a run from its last checkpoint."""
+    from tutelage.cli import runs
+
+    out = console(as_json)
+    runs.show(runs.resume(run_dir, out, yes=yes), out, as_json=as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or run folder.")],
+    config: Annotated[Path, typer.Argument(help="A config with tasks and a verifier.")],
+    settings: Settings = None,
+    against: Annotated[str | None, typer.Option(help="Another model: paired gain and drift.")] = None,
+    as_json: Json = False,
+    yes: Yes = False,
+) -> None:
+    """Measure a model: pass@k with intervals and chance level; with --against, the paired difference."""
+    from tutelage.cli import evaluation
+
+    evaluation.run(model, config, settings or [], against=against, as_json=as_json, yes=yes)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The methods, one card each: what, data, on/off-policy, when, gotcha, source."""
+    from tutelage.cli import cards
+
+    cards.show(name, console(), as_json=as_json)
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Rejection-sampling fine-tuning of a real 135M model on one-digit sums, measured before and after."""
+    from tutelage.cli import runs
+
+    out = console(as_json)
+    runs.show(runs.demo(run_dir, settings or [], out), out, as_json=as_json)
+
+
+def main() -> None:
+    """Run a command and turn what it raises into a message and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except TutelageError as error:
+        _say(type(error).__name__, str(error))
+        sys.exit(error.exit_code)
+    except (typer.Exit, SystemExit) as error:
+        sys.exit(getattr(error, "exit_code", getattr(error, "code", 0)))
+    except (KeyboardInterrupt, typer.Abort):
+        _say("Interrupted", "stopped at once; `tutelage resume RUN_DIR` goes on from the last checkpoint")
+        sys.exit(130)
+    except OSError as error:
+        _say(type(error).__name__, str(error))
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
+            _say("Usage", getattr(error, "format_message", lambda: str(error))())
+            sys.exit(2)
+        raise
+
+
+def _say(kind: str, message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]{kind}[/]: ", end="")
+    print(message, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,360 @@
+"""A run from its config to its result: measure, carry out the plan, measure again, write down what came of it."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tutelage
+from tutelage.data.collate import collate
+from tutelage.data.quarantine import Quarantine
+from tutelage.data.rounds import RoundStore
+from tutelage.errors import ConfigError
+from tutelage.evals import EvalResult, compare, compare_controls, evaluate
+from tutelage.methods import METHODS
+from tutelage.methods.config import RunConfig, dump_config
+from tutelage.methods.workbench import Confirm, Workbench, with_examples
+from tutelage.policies import smollm2
+from tutelage.policies.policy import check_forward
+from tutelage.sources.drawn import make_trajectory
+from tutelage.train.distributed import Processes
+from tutelage.train.loop import Stage, describe, run_plan
+from tutelage.train.run_directory import RunDirectory, write_atomically
+from tutelage.train.session import Saving, Session
+from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
+from tutelage.types import (
+    Completion,
+    Progress,
+    Sampler,
+    SamplingParams,
+    TargetRow,
+    Task,
+    Trajectory,
+    Verifier,
+)
+
+CONFIG = "config.yaml"
+TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 0.5}
+"""Largest difference between training's logits and the model's own, in standard deviations of the logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What an evaluation of the run's model needs."""
+
+    tasks: Sequence[Task]
+    verifier: Verifier
+    params: SamplingParams
+    examples: Sequence[Task]
+    """Training tasks for the few-shot control."""
+
+
+class Job:
+    """One run.
+
+    Args:
+        folder: what relative paths in the config are relative to.
+        progress: where long work reports; None shows nothing.
+        is_resume: go on in an existing folder instead of making one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        *,
+        progress: Progress | None = None,
+        is_resume: bool = False,
+        processes: Processes | None = None,
+        confirm: Confirm | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.config, self.folder, self.is_resume = config, folder, is_resume
+        self.processes = processes or Processes()
+        self.stop = stop or StopRequest()
+        self.progress = StoppableProgress(progress or Quiet(), self.stop)
+        self.root = Path(config.run_dir)
+        self._check_folder()
+        self.started = time.perf_counter()
+        self.times_s: dict[str, float] = {}
+        if config.system.threads:
+            torch.set_num_threads(config.system.threads)
+        self.run = RunDirectory(self.root, is_writer=self.processes.is_first)
+        self.bench = Workbench(
+            config,
+            folder,
+            quarantine=Quarantine(self.root / "quarantine.jsonl") if self.processes.is_first else None,
+            processes=self.processes,
+            confirm=confirm,
+        )
+
+    def _check_folder(self) -> None:
+        if (self.root / CONFIG).exists() and not self.is_resume:
+            raise ConfigError(
+                f"run_dir {str(self.root)!r} already holds a run. Continue it with `tutelage resume {self.root}`, or set "
+                "run_dir to another folder."
+            )
+        if self.is_resume and not (self.root / CONFIG).exists():
+            raise ConfigError(f"{str(self.root)!r} is not the folder of a run: it has no {CONFIG}")
+
+    # -- the whole job -------------------------------------------------------------------------
+
+    def __call__(self) -> dict[str, Any]:
+        """Do everything that is not done yet, and return what `result.json` holds.
+
+        Raises:
+            Interrupted: asked to stop; the state is saved and `resume` goes on.
+        """
+        try:
+            with self.stop.handling_signals():
+                return self._do()
+        finally:
+            self.bench.close()
+            self.run.close()
+
+    def _do(self) -> dict[str, Any]:
+        stages = self.build_plan()
+        self._write_config(stages)
+        self._check_model(stages)
+        measuring = self._measuring()
+        before: EvalResult | None = None
+        controls: dict[str, tuple[EvalResult, str]] = {}
+        if measuring is not None:
+            before = self._evaluation("before", measuring)
+            controls = self._controls(measuring, before)
+        session = self._session()
+        resumed = session.resume() if self.is_resume else False
+        if self.is_resume:
+            self.run.log_event("resumed", {"from_checkpoint": resumed, "step": session.cursor.total_steps})
+        self._timed("plan", lambda: run_plan(stages, session))
+        if self.processes.is_first:
+            self._timed("save", lambda: self.bench.save_final(self.root / "model"))
+        self.processes.wait()
+        after = self._evaluation("after", measuring) if measuring is not None else None
+        return self._result(session, before, after, controls)
+
+    def build_plan(self) -> list[Stage]:
+        """The config's stages as sources and signals."""
+        return self._timed("build", lambda: [METHODS[s.method].build(s, self.bench) for s in self.config.stages])
+
+    def _timed(self, name: str, work: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.times_s[name] = self.times_s.get(name, 0.0) + time.perf_counter() - started
+
+    def _write_config(self, stages: Sequence[Stage]) -> None:
+        if self.is_resume or not self.processes.is_first:
+            return
+        import transformers
+
+        resolved = {
+            "tutelage": tutelage.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "precision": self.bench.precision,
+            "device": self.bench.device,
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.count,
+            "config_folder": str(self.folder),
+            "plan": describe(stages),
+        }
+        write_atomically(self.root / CONFIG, dump_config(self.config, resolved))
+
+    def _session(self) -> Session:
+        saving = self.config.saving
+        return Session(
+            run=self.run,
+            trainer=self.bench.trainer,
+            weights=self.bench.weights(),
+            text=self.bench.text,
+            seed=self.config.seed,
+            saving=Saving(every_steps=saving.every_steps, every_s=60 * saving.every_minutes, keep=saving.keep),
+            progress=self.progress.inner,
+            stop=self.stop,
+            max_logprob_gap=self.config.max_logprob_gap,
+        )
+
+    def _check_model(self, stages: Sequence[Stage]) -> None:
+        """Training's logits are the model's own, packed or padded, before anything is trained."""
+        rows = [_probe_row(self.bench.text, i) for i in range(3)]
+        dtype = self.bench.trainer.float_dtype
+        batches = {"plain": collate(rows, layout="padded", dtype=dtype).to(self.bench.device)}
+        if any(s.trainer.layout == "packed" for s in stages):
+            batches["packed"] = collate(rows, layout="packed", dtype=dtype).to(self.bench.device)
+        gap = check_forward(self.bench.policy, batches, tolerance=TOLERANCE[self.bench.precision])
+        self.run.log_event("check_forward", {"max_difference_in_std": gap, "layouts": sorted(batches)})
+        for note in self.bench.notes:
+            self.run.log_event("note", {"note": note})
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _measuring(self) -> Measuring | None:
+        evaluation = self.config.evaluation
+        if evaluation is None:
+            return None
+        tasks_of, verifier_of = evaluation.tasks, evaluation.verifier
+        for stage in reversed(self.config.stages):
+            tasks_of = tasks_of or getattr(stage, "tasks", None)
+            verifier_of = verifier_of or getattr(stage, "verifier", None)
+        if tasks_of is None or verifier_of is None:
+            return None
+        heldout = self.bench.heldout_tasks(tasks_of)
+        if not heldout:
+            self.run.log_event("note", {"note": "no evaluation: tasks.heldout is 0, so no question is left for it"})
+            return None
+        rollout = next((r for s in reversed(self.config.stages) if (r := getattr(s, "rollout", None))), None)
+        longest = evaluation.max_new_tokens or (rollout.max_new_tokens if rollout else 512)
+        params = SamplingParams(
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            max_new_tokens=longest,
+            stop=rollout.stop if rollout else (),
+        )
+        examples = self.bench.train_tasks(tasks_of)[: evaluation.examples]
+        return Measuring(
+            tasks=heldout, verifier=self.bench.verifier(verifier_of), params=params, examples=examples
+        )
+
+    def _evaluation(
+        self,
+        name: str,
+        measuring: Measuring,
+        *,
+        tasks: Sequence[Task] | None = None,
+        n: int | None = None,
+        temperature: float | None = None,
+        greedy: bool = True,
+    ) -> EvalResult:
+        """One evaluation, kept in the run's folder: a resumed run reads it back."""
+        path = self.root / "evaluation" / f"{name}.json"
+        if path.exists():
+            return EvalResult.from_json(json.loads(path.read_text()))
+        settings = self.config.evaluation
+        assert settings is not None
+        count = n or settings.n
+        params = measuring.params if temperature is None else replace(measuring.params, temperature=temperature)
+        tasks = tasks or measuring.tasks
+        sampler = self.bench.sampler("student", name)
+        started = time.perf_counter()
+        result = evaluate(
+            sampler,
+            tasks,
+            measuring.verifier,
+            prompt_ids=lambda task: self.bench.text.prompt_ids(task.messages, task.tools),
+            make_trajectory=_Maker(self.bench.text, sampler, params, name),
+            n=count,
+            params=params,
+            seed=settings.seed,
+            ks=tuple(k for k in settings.ks if k <= count),
+            greedy=greedy,
+            progress=self.progress,
+        )
+        self.bench.policy.use_plain_attention()
+        self.times_s[f"evaluate/{name}"] = time.perf_counter() - started
+        if self.processes.is_first:
+            path.parent.mkdir(exist_ok=True)
+            RoundStore.publish(path.parent / "trajectories", name, [*result.trajectories, *result.greedy_trajectories])
+            write_atomically(path, json.dumps(result.to_json()))
+        self.processes.wait()
+        return result
+
+    def _controls(self, measuring: Measuring, before: EvalResult) -> dict[str, tuple[EvalResult, str]]:
+        """What else could explain a gain: decoding, temperature, and being shown the format."""
+        settings = self.config.evaluation
+        assert settings is not None
+        controls = {"base, greedy": (before, "greedy")}
+        if not settings.controls:
+            return controls
+        n = min(4, settings.n)
+        by_temperature = {
+            t: self._evaluation(f"base-T{t:g}", measuring, n=n, temperature=t, greedy=False)
+            for t in settings.control_temperatures
+        }
+        if by_temperature:
+            best = max(by_temperature, key=lambda t: by_temperature[t].pass_at(1).value or 0.0)
+            controls[f"base, best temperature ({best:g})"] = (by_temperature[best], "pass@1")
+        if measuring.examples:
+            shown = [with_examples(t, list(measuring.examples)) for t in measuring.tasks]
+            few = self._evaluation("base-examples", measuring, tasks=shown, n=n)
+            best_metric = "greedy" if (few.greedy.value if few.greedy else 0) > (few.pass_at(1).value or 0) else "pass@1"
+            controls[f"base, {len(measuring.examples)} worked examples ({best_metric})"] = (few, best_metric)
+        return controls
+
+    # -- the result ----------------------------------------------------------------------------
+
+    def _result(
+        self,
+        session: Session,
+        before: EvalResult | None,
+        after: EvalResult | None,
+        controls: Mapping[str, tuple[EvalResult, str]],
+    ) -> dict[str, Any]:
+        provenance = smollm2.PROVENANCE if self.config.model.name.lower() == smollm2.ALIAS else None
+        result: dict[str, Any] = {
+            "status": "done",
+            "run_dir": str(self.root),
+            "model": str(self.root / "model"),
+            "base": {"name": self.config.model.name, "provenance": provenance},
+            "rounds": self._rounds(),
+            "counts": {
+                "steps": session.cursor.total_steps,
+                "tokens_sampled": session.num_tokens["sampled"],
+                "tokens_trained": session.num_tokens["trained"],
+                "quarantined": self.bench.quarantine.count if self.bench.quarantine else 0,
+            },
+            "times_s": {},
+        }
+        if before is not None and after is not None:
+            result["before"] = before.to_json(tasks=False)
+            result["after"] = after.to_json(tasks=False)
+            result["gain"] = compare(before, after).to_json()
+            result["gains"] = {m: compare(before, after, metric=m).to_json() for m in before.metrics}
+            result["controls"] = compare_controls(after, controls)
+        times = {**{f"plan/{k}": v for k, v in session.times_s.items()}, **self.times_s}
+        result["times_s"] = {k: round(v, 3) for k, v in times.items()} | {
+            "total": round(time.perf_counter() - self.started, 3)
+        }
+        self.run.write_json("result.json", result)
+        return result
+
+    def _rounds(self) -> list[dict[str, Any]]:
+        """What each round drew and kept, from the event log."""
+        path = self.root / "events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [{k: v for k, v in e.items() if k not in ("event", "time_unix_s")} for e in events if e["event"] == "draw"]
+
+
+class _Maker:
+    """Turns an evaluation's completions into trajectories, token-exact."""
+
+    def __init__(self, text: Any, sampler: Sampler, params: SamplingParams, name: str) -> None:
+        self.text, self.sampler, self.params, self.name = text, sampler, params, name
+
+    def __call__(self, task: Task, prompt_index: int, sample_index: int, completion: Completion) -> Trajectory:
+        t = make_trajectory(
+            self.text,
+            task,
+            self.text.render_prompt(task),
+            completion,
+            self.sampler,
+            self.params,
+            trajectory_id=f"{self.name}-{task.id}-{sample_index}",
+        )
+        return replace(t, prompt_index=prompt_index, sample_index=sample_index)
+
+
+def _probe_row(text: Any, index: int) -> TargetRow:
+    words = " ".join(f"word{index * 7 + j}" for j in range(3 + 5 * index))
+    messages = [{"role": "user", "content": f"Say {words}."}, {"role": "assistant", "content": f"{words} {index}"}]
+    trajectory = Trajectory(
+        id=f"probe{index}", task_id="probe", task_hash="", spans=tuple(text.render_conversation(messages)[0])
+    )
+    count = trajectory.num_targets
+    return TargetRow(trajectory=trajectory, columns={"weight_C": np.ones(count)}, count=float(count))

@@ -1,0 +1,255 @@
+"""Settings shared by the methods: frozen, with no unknown key, read from YAML and `key=value`.
+
+The string under a field is its help text.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Frozen; unknown keys are errors; the string under a field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters instead of all weights. The learning rate's default is then ten times higher."""
+
+    r: Positive = 32
+    """Rank."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / r."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target: str = "all-linear"
+    """Which layers get one: all linear layers, or a regular expression. The output layer cannot."""
+
+
+class ModelSettings(Settings):
+    """The student."""
+
+    name: str = "smollm2-135m-instruct"
+    """A folder, a hub name `org/name@revision`, or the bundled small model `smollm2-135m-instruct`."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the weights in forward and backward. bfloat16 keeps float32 masters. auto: bfloat16 where the processor has
+    units for it, else float32."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights."""
+    system_prompt: str | None = None
+    """Put before every prompt that has no system message of its own."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. {enable_thinking: false}."""
+
+
+class DataSettings(Settings):
+    """Demonstrations."""
+
+    path: str
+    """JSONL, JSON or Parquet: chat `messages`, `prompt` and `completion`, `question` and `answer`, or ShareGPT."""
+    format: str = "auto"
+    """Which of those; auto looks at each record."""
+    train_on: Literal["all", "last"] = "all"
+    """Train on every assistant turn, or on the last only. A message's own `trainable` flag wins."""
+    max_length: Positive = 2048
+    """Longest conversation in tokens."""
+    overlong: Literal["error", "drop", "split"] = "error"
+    """What happens to a longer one: stop with its place; leave it out, counted; or split it between turns."""
+    on_bad_record: Literal["quarantine", "error"] = "quarantine"
+    """An unreadable record goes to `quarantine.jsonl` with file, line and reason; or stops the run."""
+    limit: Positive | None = None
+    """Use only the first this many records."""
+    heldout: int = Field(0, ge=0)
+    """Keep this many records out of training, chosen by seed, to report the loss on."""
+
+
+class TaskSettings(Settings):
+    """Questions with something to judge the answers by."""
+
+    kind: Literal["jsonl", "gsm8k", "math500", "reasoning_gym"] = "jsonl"
+    """Where they come from: your own JSONL file, GSM8K's or MATH-500's file, or a procedural task of reasoning-gym."""
+    path: str | None = None
+    """The file, for all kinds but reasoning_gym."""
+    name: str | None = None
+    """reasoning_gym: the task's name, e.g. chain_sum."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """reasoning_gym: the task's own settings, e.g. {min_terms: 2, max_terms: 2}."""
+    size: Positive | None = None
+    """How many training questions; None takes all there are."""
+    heldout: int = Field(0, ge=0)
+    """How many questions are kept out of training for evaluation, none of them equal to a training question."""
+    canonical: str | None = None
+    """Which questions count as equal: None for equal text; `commutative_terms` ignores the order of a sum's terms."""
+    prompt: str | None = None
+    """A template around the question, with {question} in it."""
+    prompt_field: str = "question"
+    """jsonl: the field with the question (a string, or chat messages)."""
+    answer_field: str = "answer"
+    """jsonl: the field with the gold answer."""
+    heldout_path: str | None = None
+    """A file of its own for the held-out questions, instead of cutting them from `path`."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "TaskSettings":
+        if self.kind == "reasoning_gym" and not self.name:
+            raise ValueError("tasks.kind=reasoning_gym needs tasks.name, e.g. chain_sum")
+        if self.kind != "reasoning_gym" and not self.path:
+            raise ValueError(f"tasks.kind={self.kind} needs tasks.path, a file of questions")
+        return self
+
+
+class VerifierSettings(Settings):
+    """What accepts or rejects an answer."""
+
+    kind: Literal["exact", "regex", "last_number", "math_verify", "reasoning_gym", "python", "flag"]
+    """How: equal text; a pattern; the last number; math-verify; the task's own grader; your function; a flag."""
+    function: str | None = None
+    """python: `module:function` or `file.py:function`."""
+    pattern: str | None = None
+    """regex: a pattern; with a group, the group must equal the answer."""
+    extract: str | None = None
+    """reasoning_gym: which part of the completion is graded: whole, last_number, last_line, answer_tag."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the kind."""
+    time_limit_s: float = Field(10.0, gt=0)
+    """Longest a verdict may take; then it is an error verdict."""
+    memory_limit_mb: Positive = 1024
+    """Most memory a verdict may use; then it is an error verdict."""
+    workers: Positive | None = None
+    """Worker processes; None is one per core, at most 8."""
+    accept_truncated: bool = False
+    """Judge completions that ran into the token limit, instead of rejecting them."""
+    allow_code_outside: bool = False
+    """Run a python verifier that lies outside the folder of the config and outside the current folder."""
+
+
+class RolloutSettings(Settings):
+    """How the student is sampled."""
+
+    n: Positive = 8
+    """Completions a prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits. 1 samples the model's own distribution."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most likely tokens that make up this share of probability."""
+    max_new_tokens: Positive = 512
+    """Longest completion, stop token included."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion."""
+    prompts_per_round: Positive | None = None
+    """Prompts in a round; None takes every training question once."""
+    max_batch: Positive = 128
+    """Completions decoded together."""
+    chunk_rows: Positive = 1024
+    """Completions committed together: what a kill can cost."""
+    workers: int = Field(0, ge=0)
+    """Processes that sample, one thread each; 0 samples in this process with all threads."""
+
+    @model_validator(mode="after")
+    def _varied(self) -> "RolloutSettings":
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"rollout.n={self.n} with rollout.temperature=0 draws the same completion every time")
+        return self
+
+
+class KeepSettings(Settings):
+    """Which accepted completions are trained on."""
+
+    min_score: float | None = None
+    """Keep what scores at least this instead of what the verdict accepts."""
+    drop_all_correct: bool = False
+    """Leave out prompts whose every sample was accepted, from the second round on."""
+    distinct: Literal["text", "key"] | None = "text"
+    """One of each text, or of each solution by the verifier's own key; null keeps duplicates."""
+    best_of: Positive | None = None
+    """Only the best-scoring this many of a prompt."""
+    cap: Positive | None = 4
+    """At most this many of a prompt."""
+    order: Literal["shortest", "sampled"] = "shortest"
+    """Which come first where a rule must choose."""
+
+
+class TrainSettings(Settings):
+    """The updates."""
+
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; None is the method's default (ten times higher with LoRA)."""
+    batch_size: Positive | None = 16
+    """Trajectories per update; null takes the whole draw in one."""
+    epochs: Positive = 1
+    """Passes over a round's draw."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Of the learning rate over the stage."""
+    warmup: Fraction = 0.03
+    """Share of the stage over which the learning rate rises."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Update rule."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of its two averages."""
+    momentum: Fraction = 0.0
+    """SGD's momentum."""
+    max_grad_norm: float | None = 1.0
+    """The gradient is scaled down to this norm; null never does."""
+    max_tokens: Positive = 2048
+    """Most tokens in one microbatch: memory, never the result."""
+    layout: Literal["packed", "padded"] = "packed"
+    """Documents end to end in one row, each seeing only itself; or a row each."""
+    divisor: Literal["targets", "sampled", "sequences"] = "targets"
+    """What an update's loss is averaged over."""
+
+
+class EvaluationSettings(Settings):
+    """What is measured before and after."""
+
+    n: Positive = 8
+    """Samples a question."""
+    ks: tuple[Positive, ...] = (1, 8)
+    """The k of pass@k."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the samples."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of the samples."""
+    max_new_tokens: Positive | None = None
+    """Longest answer; None is the rollout's."""
+    controls: bool = True
+    """Also measure the untrained model greedily, at its best temperature, and with worked examples in the prompt."""
+    control_temperatures: tuple[float, ...] = (0.3, 0.6)
+    """Temperatures tried for the untrained model's best."""
+    examples: int = Field(4, ge=0)
+    """Worked examples in the prompt of that control."""
+    seed: int = 1234
+    """Of the evaluation's samples and intervals: the same for every model compared."""
+    every_round: bool = False
+    """Evaluate after each round as well."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> "EvaluationSettings":
+        if max(self.ks) > self.n:
+            raise ValueError(f"evaluation.ks asks for pass@{max(self.ks)} but evaluation.n is {self.n}: raise n")
+        return self
+
+
+class SavingSettings(Settings):
+    """Checkpoints."""
+
+    every_steps: Positive | None = None
+    """Make one every this many updates."""
+    every_minutes: float = Field(5.0, gt=0)
+    """Make one at least this often."""
+    keep: Positive = 2
+    """How many are kept."""
+
+
+class SystemSettings(Settings):
+    """The machine."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    threads: Positive | None = None
+    """Threads of the processor; None is one per core. Part of what fixes a run to the bit."""
