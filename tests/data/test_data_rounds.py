@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 from data_samples import drawn
@@ -121,9 +122,7 @@ def test_a_full_disk_leaves_no_part_of_a_chunk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(
-        DiskError, match=r"chunk-000001.parquet could not be written: No space.*1 chunks committed"
-    ):
+    with pytest.raises(DiskError, match=r"chunk-000001.parquet could not be written: No space.*1 chunks committed"):
         store.commit(1, [drawn(1)])
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["chunk-000000.parquet"]
@@ -144,3 +143,13 @@ def test_publish_collects_rounds_and_replaces_a_round_published_twice(tmp_path):
     assert (list(store), store.verify()) == ([drawn(0), drawn(1), drawn(2)], [])
     RoundStore.publish(tmp_path / "s", "stage0-round00001", draw(3, 4))
     assert [t.id for t in TrajectoryStore(tmp_path / "s")] == ["t0", "t1", "t3", "t4"]
+
+
+def test_published_copies_are_flagged_and_chunks_are_not(tmp_path):
+    leaky = replace(drawn(0), completion="AKIA" + "ABCDEFGHIJKLMNOP")
+    store = RoundStore(tmp_path / "r")
+    store.commit(0, [leaky])
+    assert store.load(0) == [leaky]
+    RoundStore.publish(tmp_path / "s", "r", [leaky])
+    (published,) = TrajectoryStore(tmp_path / "s")
+    assert published == replace(leaky, extra={**leaky.extra, "secrets": {"aws_access_key_id": 1}})

@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage.data.collate import Batch, input_length
-    from tutelage.data.demos import Demo, read_demos
+    from tutelage.data.demos import Demo
     from tutelage.data.files import DiskError
+    from tutelage.data.journal import Journal
     from tutelage.data.pack import Packing, microbatches, pack_padded, pack_tokens
     from tutelage.data.quarantine import Quarantine
     from tutelage.data.rounds import RoundStore
+    from tutelage.data.select import Selection, SelectionRules
     from tutelage.data.store import Shard, TrajectoryStore, TrajectoryWriter
 
 _MODULE_OF = {
     "Batch": "collate",
     "Demo": "demos",
     "DiskError": "files",
+    "Journal": "journal",
     "Packing": "pack",
     "Quarantine": "quarantine",
     "RoundStore": "rounds",
+    "Selection": "select",
+    "SelectionRules": "select",
     "Shard": "store",
     "TrajectoryStore": "store",
     "TrajectoryWriter": "store",
@@ -30,16 +35,18 @@ _MODULE_OF = {
     "microbatches": "pack",
     "pack_padded": "pack",
     "pack_tokens": "pack",
-    "read_demos": "demos",
 }
 
 __all__ = [
     "Batch",
     "Demo",
     "DiskError",
+    "Journal",
     "Packing",
     "Quarantine",
     "RoundStore",
+    "Selection",
+    "SelectionRules",
     "Shard",
     "TrajectoryStore",
     "TrajectoryWriter",
@@ -47,7 +54,6 @@ __all__ = [
     "microbatches",
     "pack_padded",
     "pack_tokens",
-    "read_demos",
 ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tutelage.data.files import disk_error
 
 RAW_CHARS = 2000
-"""How much of a record is kept beside its reason."""
+"""How much of a record is kept beside its reason, unless a quarantine is told otherwise."""
 
 
 class Quarantine:
@@ -19,10 +19,12 @@ class Quarantine:
 
     Args:
         path: the file; None only counts.
+        raw_chars: how much of a record is kept; None keeps all of it.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, *, raw_chars: int | None = RAW_CHARS) -> None:
         self.path = None if path is None else Path(path)
+        self._raw_chars = raw_chars
         self.count = 0
         """Records given to this object."""
         self.reasons: Counter[str] = Counter()
@@ -38,7 +40,8 @@ class Quarantine:
             DiskError: the file cannot be written.
         """
         text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
-        kept = text if len(text) <= RAW_CHARS else f"{text[:RAW_CHARS]}… ({len(text)} characters)"
+        limit = self._raw_chars
+        kept = text if limit is None or len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
         self.count += 1
         self.reasons[reason] += 1
         if len(self.first) < 5:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from tutelage.data.files import remove_stale, sha256_of
 from tutelage.data.rows import STORED, decode, to_row
+from tutelage.data.secrets import SecretPolicy, guard
 from tutelage.data.store import MANIFEST, Manifest, Shard, TrajectoryStore, locked, write_shard
 from tutelage.errors import DataError
 from tutelage.types import Trajectory
@@ -93,10 +94,13 @@ class RoundStore:
         return TrajectoryStore(self.path)
 
     @staticmethod
-    def publish(store: str | Path, name: str, trajectories: Iterable[Trajectory]) -> Shard:
+    def publish(
+        store: str | Path, name: str, trajectories: Iterable[Trajectory], *, secrets: SecretPolicy = "flag"
+    ) -> Shard:
         """Write a round's whole draw as the shard `name` of a store that collects rounds.
 
         Publishing a name again replaces that shard, so a round that is finished twice by a resumed run is there once.
+        Credentials are flagged or masked in this copy only (`secrets.guard`).
 
         Raises:
             DataError: a trajectory cannot be stored. DiskError: the disk; what the store held before is intact.
@@ -107,7 +111,7 @@ class RoundStore:
             remove_stale(folder, force=True)
             manifest = Manifest.load(folder) if (folder / MANIFEST).exists() else Manifest()
             kept = f"The store's {len(manifest.shards)} shards ({manifest.num_rows} trajectories) are intact."
-            shard = write_shard(folder / f"{name}.parquet", trajectories, kept=kept)
+            shard = write_shard(folder / f"{name}.parquet", (guard(t, secrets) for t in trajectories), kept=kept)
             names = [s.name for s in manifest.shards]
             if shard.name in names:
                 manifest.shards[names.index(shard.name)] = shard

@@ -1,6 +1,6 @@
 """A trajectory as one row of a table, and back, with nothing changed.
 
-What is stored beside what a `Trajectory` holds (`prompt_hash`, `completion_hash`, per-token flags, counts, the first
+What is stored beside what a `Trajectory` holds (`prompt_hash`, `text_hash`, per-token flags, counts, the first
 author) is derived: readers without this library, filters and statistics use it, and reading ignores it.
 """
 
@@ -45,11 +45,11 @@ SCHEMA = pa.schema(
         _field("task_hash", pa.string()),
         _field("task_name", pa.string()),
         _field("prompt_hash", pa.string()),
+        _field("text_hash", pa.string()),
         _field("prompt_index", pa.int64()),
         _field("sample_index", pa.int64()),
         _field("messages", pa.string()),
         _field("completion", pa.string()),
-        _field("completion_hash", pa.string()),
         _field("finish", pa.string()),
         _field("author", pa.string(), True),
         _field("policy_version", pa.string(), True),
@@ -88,7 +88,7 @@ null, or JSON text of the columns whose text UTF-8 cannot hold (lone surrogates)
 
 _ROW = pa.struct(list(SCHEMA))
 _DERIVED = {
-    *("prompt_hash", "completion_hash", "author", "policy_version", "role_codes", "is_sampled", "is_trainable"),
+    *("prompt_hash", "text_hash", "author", "policy_version", "role_codes", "is_sampled", "is_trainable"),
     *("num_tokens", "num_sampled", "num_targets"),
 }
 STORED = tuple(name for name in SCHEMA.names if name not in _DERIVED)
@@ -153,6 +153,7 @@ def to_row(t: Trajectory) -> dict[str, Any]:
         DataError: `messages` or `extra` hold what JSON cannot.
     """
     spans, v = t.spans, t.verdict
+    messages = to_json(t.messages, f"messages of trajectory {t.id}")
     lengths = [len(s.token_ids) for s in spans]
     learned = next((s for s in spans if s.is_trainable), None) or next((s for s in spans if s.is_sampled), None)
     return {
@@ -161,11 +162,11 @@ def to_row(t: Trajectory) -> dict[str, Any]:
         "task_hash": t.task_hash,
         "task_name": t.task_name,
         "prompt_hash": prompt_hash(t),
+        "text_hash": content_hash(messages if t.messages else t.completion),
         "prompt_index": t.prompt_index,
         "sample_index": t.sample_index,
-        "messages": to_json(t.messages, f"messages of trajectory {t.id}"),
+        "messages": messages,
         "completion": t.completion,
-        "completion_hash": content_hash(t.completion),
         "finish": t.finish,
         "author": learned.author if learned else None,
         "policy_version": learned.policy_version if learned else None,

@@ -22,7 +22,9 @@ _PATTERNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "private_key",
         ("PRIVATE KEY",),
-        r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)",
+        r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:"
+        r"(?:(?!-----BEGIN)[\s\S]){0,20000}?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
+        r"|(?:\\[nr]|\s)+[A-Za-z0-9+/=]+(?:(?:\\[nr]|\s)+[A-Za-z0-9+/=]{16,})*)",  # cut off before its end
     ),
     (
         "github_token",
@@ -31,14 +33,15 @@ _PATTERNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     ("gitlab_token", ("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),
     ("huggingface_token", ("hf_",), r"\bhf_[A-Za-z0-9]{30,}"),
-    ("api_key", ("sk-",), r"(?<![A-Za-z0-9-])sk-[A-Za-z0-9_-]{20,}"),
+    ("api_key", ("sk-",), r"(?<![A-Za-z0-9_-])sk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{20,}"),
     ("stripe_key", ("_live_",), r"\b[sr]k_live_[A-Za-z0-9]{16,}"),
     ("google_api_key", ("AIza",), r"\bAIza[A-Za-z0-9_-]{35}"),
     ("slack_token", ("xox",), r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"),
     ("npm_token", ("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
-    ("jwt", ("eyJ",), r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    ("jwt", ("eyJ",), r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
     ("bearer_token", ("earer ", "EARER "), r"(?i)\bbearer\s+[A-Za-z0-9_.~+/=-]{20,}"),
 )
+# A start inside a run of the same characters is ruled out before the run is read: searching takes linear time.
 _COMPILED = tuple((kind, hints, re.compile(pattern)) for kind, hints, pattern in _PATTERNS)
 
 

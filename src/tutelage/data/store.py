@@ -128,8 +128,8 @@ def write_shard(path: Path, trajectories: Iterable[Trajectory], *, kept: str) ->
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer at a time in a folder, where the system can lock files.
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """One holder of a lock file at a time in a folder, where the system can lock files.
 
     Raises:
         DataError: another writer holds the folder.
@@ -139,12 +139,12 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows: the manifest is still replaced whole
         yield
         return
-    with open(folder / ".lock", "wb") as file:
+    with open(folder / name, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(
-                f"{folder} is being written by another writer, which holds {folder / '.lock'}. "
+                f"{folder} is being written by another writer, which holds {folder / name}. "
                 "Wait for it, or write to another folder."
             ) from error
         yield
@@ -187,7 +187,6 @@ class TrajectoryWriter:
         self._shard: ShardFile | None = None
         self._shard_path = self.path
         self._is_closed = False
-        self._uncommitted: list[Shard] = []
 
     def __enter__(self) -> "TrajectoryWriter":
         return self
@@ -209,7 +208,6 @@ class TrajectoryWriter:
             self.num_rows += 1
             if shard.rows >= self._rows_per_shard:
                 self._end_shard()
-                self._commit()
         except BaseException as error:
             self._abandon(error)
             raise
@@ -219,19 +217,15 @@ class TrajectoryWriter:
         for trajectory in trajectories:
             self.write(trajectory)
 
-    def close(self, *, compacted: str | None = None) -> None:
-        """Commit what is left, and the manifest. Closing twice does nothing.
-
-        `compacted` names the journal these rows came from, recorded in the same replacement of the manifest.
-        """
+    def close(self) -> None:
+        """Commit what is left, and the manifest. Closing twice does nothing."""
         if self._is_closed:
             return
         try:
             if self._shard is not None:
                 self._end_shard()
-            if compacted is not None:
-                self._manifest.compacted.append(compacted)
-            self._commit()
+            else:
+                self._manifest.save(self.path)  # an empty store, or new metadata
         except BaseException as error:
             self._abandon(error)
             raise
@@ -242,7 +236,7 @@ class TrajectoryWriter:
         return f"The {len(self._manifest.shards)} shards before it ({self._manifest.num_rows} trajectories) are intact."
 
     def _begin_shard(self) -> ShardFile:
-        number = len(self._manifest.shards) + len(self._uncommitted)
+        number = len(self._manifest.shards)
         while (path := self.path / f"shard-{number:06d}.parquet").exists():
             number += 1
         self._open_shard = ExitStack()
@@ -255,12 +249,10 @@ class TrajectoryWriter:
         self._shard.finish()
         self._open_shard.close()
         path, rows = self._shard_path, self._shard.rows
-        self._uncommitted.append(Shard(name=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_of(path)))
         self._shard = self._open_shard = None
-
-    def _commit(self) -> None:
-        self._manifest.shards.extend(self._uncommitted)
-        self._uncommitted = []
+        self._manifest.shards.append(
+            Shard(name=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_of(path))
+        )
         self._manifest.save(self.path)
 
     def _abandon(self, error: BaseException) -> None:
