@@ -14,6 +14,7 @@ from typing import Any
 from tutelage.errors import TemplateError
 from tutelage.text.render import ControlPatterns, Rendered, clean_text
 
+_PREFIXING = ("normalizer", "pre_tokenizer")
 _NEVER = re.compile(r"(?!)")
 
 
@@ -40,6 +41,7 @@ class Encoder:
             s: i for s, (i, token) in added.items() if token.special or _is_written(s, template)
         }
         self._added = {s: added[s][1] for s in self.control_ids}
+        self._literals: dict[str, Any] = {}
         self.written = self._pattern(self.control_ids, with_blanks=True)
 
     def patterns(self, spoken: Iterable[str] = ()) -> ControlPatterns:
@@ -77,23 +79,22 @@ class Encoder:
         parts = {"model": d["model"], "added": added, "normalizer": d["normalizer"], "pre": d["pre_tokenizer"]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    @functools.cached_property
-    def _middle(self) -> Any:
-        """The backend for text that does not stand at the beginning: it adds no blank of its own."""
-        return self._copy(self.definition["added_tokens"])
+    def _literal(self, place: str) -> Any:
+        """The backend without control tokens: their strings are split as any other text.
 
-    @functools.cached_property
-    def _literal(self) -> Any:
-        """The backend that knows no control tokens: their strings are split as any other text."""
-        return self._copy([t for t in self.definition["added_tokens"] if t["content"] not in self.control_ids])
+        Args:
+            place: where the text stands: at the "beginning", "after a control" token, or "inside" a text that is cut
+                there. Some tokenizers put a blank before a text in the first places; none may in the last.
+        """
+        if place not in self._literals:
+            from tokenizers import Tokenizer
 
-    def _copy(self, added: list[Any]) -> Any:
-        from tokenizers import Tokenizer
-
-        definition = {**self.definition, "added_tokens": added, "truncation": None, "padding": None}
-        definition["pre_tokenizer"] = _without_prefix(definition["pre_tokenizer"])
-        definition["normalizer"] = _without_prefix(definition["normalizer"])
-        return Tokenizer.from_str(json.dumps(definition))
+            d = self.definition
+            added = [t for t in d["added_tokens"] if t["content"] not in self.control_ids]
+            parts = {k: d[k] if place == "beginning" else _without_prefix(d[k], place) for k in _PREFIXING}
+            text = json.dumps({**d, **parts, "added_tokens": added, "truncation": None, "padding": None})
+            self._literals[place] = Tokenizer.from_str(text)
+        return self._literals[place]
 
     def batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole texts whose control tokens are all meant as such."""
@@ -107,10 +108,11 @@ class Encoder:
     def encode(
         self, rendered: Rendered, start: int = 0, stop: int | None = None, cuts: Iterable[int] = ()
     ) -> tuple[Encoded, dict[int, int]]:
-        """Ids of `rendered.text[start:stop]`, with a token border at each cut.
+        """Ids of `rendered.text[start:stop]`, tokenised in pieces at each cut.
 
-        Where tokenising in one go has no border at a cut, the text is tokenised in pieces there. A cut inside the
-        blanks that a control token eats moves to that token's end.
+        A token border at the place would not be enough: some tokenizers look ahead, and split the end of a prompt in
+        another way when they see the answer. A cut inside the blanks that a control token eats moves to that token's
+        end.
 
         Returns:
             The tokens (`last` counts in `rendered.text`), and where each cut ended up.
@@ -119,60 +121,56 @@ class Encoder:
         controls = [(max(a, start), min(b, stop)) for a, b in rendered.controls if a < stop and b > start]
         moved = {c: next((b for a, b in controls if a < c < b), c) for c in cuts}
         inside = sorted({c for c in moved.values() if start < c < stop})
-        if rendered.is_whole and not rendered.escapes:
-            whole = self._one_go(rendered.text[start:stop], start)
-            ends = {e + 1 for e in whole.last}
-            inside = [c for c in inside if c not in ends]
-            if not inside:
-                return whole, moved
+        in_one_go = rendered.is_whole and not rendered.escapes
+        if in_one_go and (not self._adds_prefix or (start == 0 and not inside)):
             borders = [start, *inside, stop]
-            pieces = [self._one_go(rendered.text[a:b], a) for a, b in itertools.pairwise(borders)]
+            out = self.tokenizer(
+                [rendered.text[a:b] for a, b in itertools.pairwise(borders)],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+            )
+            found = zip(borders[:-1], out["input_ids"], out["offset_mapping"], strict=True)
+            pieces = [Encoded(list(ids), _last(offsets, a)) for a, ids, offsets in found]
         else:
             borders = sorted({start, stop, *inside, *(x for span in controls for x in span)})
-            meant = {a: b for a, b in controls}
+            meant = dict(controls)
+            after = {b for _, b in rendered.controls}
             pieces = [
-                self._control(rendered, a, b) if meant.get(a) == b else self._as_text(rendered, a, b)
+                self._control(rendered, a, b) if meant.get(a) == b else self._as_text(rendered, a, b, _place(a, after))
                 for a, b in itertools.pairwise(borders)
             ]
         return Encoded([i for p in pieces for i in p.ids], [x for p in pieces for x in p.last]), moved
 
-    def _one_go(self, text: str, start: int) -> Encoded:
-        if start == 0 or not self._adds_prefix:
-            out = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-            )
-            return Encoded(list(out["input_ids"]), _last(out["offset_mapping"], start))
-        out = self._middle.encode(text, add_special_tokens=False)
-        return Encoded(list(out.ids), _last(out.offsets, start))
-
     @functools.cached_property
     def _adds_prefix(self) -> bool:
         d = self.definition
-        return any(_without_prefix(d[k]) != d[k] for k in ("normalizer", "pre_tokenizer"))
+        return any(_without_prefix(d[k], "inside") != d[k] for k in _PREFIXING)
 
     def _control(self, rendered: Rendered, start: int, stop: int) -> Encoded:
         string = rendered.text[start:stop]
         token = self.control_ids.get(string, self.control_ids.get(string.strip()))
         if token is None:  # a cut or the end of the text fell inside it
-            return self._as_text(rendered, start, stop)
+            return self._as_text(rendered, start, stop, "inside")
         return Encoded([token], [stop - 1])
 
-    def _as_text(self, rendered: Rendered, start: int, stop: int) -> Encoded:
+    def _as_text(self, rendered: Rendered, start: int, stop: int, place: str) -> Encoded:
         """Ids of a stretch in which every control string is plain text, placed in the escaped text."""
         expanded = [rendered.escapes.get(c, c) for c in rendered.text[start:stop]]
         ends = list(itertools.accumulate(map(len, expanded)))
-        ids, last = self._split_control("".join(expanded))
+        ids, last = self._split_control("".join(expanded), place)
         return Encoded(ids, [start + bisect.bisect_right(ends, x) for x in last])
 
-    def _split_control(self, text: str) -> tuple[list[int], list[int]]:
+    def _split_control(self, text: str, place: str) -> tuple[list[int], list[int]]:
         """Ids without any control token among them, even where the model's own vocabulary has the string whole."""
         text = clean_text(text)
-        out = self._literal.encode(text, add_special_tokens=False)
+        out = self._literal(place).encode(text, add_special_tokens=False)
         last = _last(out.offsets, 0)
         for i, token in enumerate(out.ids):
             start, stop = out.offsets[i]
             if token in self._control_id_set and stop - start > 1:
-                head, tail = self._split_control(text[: start + 1]), self._split_control(text[start + 1 :])
+                head = self._split_control(text[: start + 1], place)
+                tail = self._split_control(text[start + 1 :], "inside")
                 return head[0] + tail[0], head[1] + [start + 1 + x for x in tail[1]]
         return list(out.ids), last
 
@@ -182,7 +180,7 @@ class Encoder:
 
     def literal_ids(self, text: str) -> list[int]:
         """Ids of text in which control tokens are plain text."""
-        return self._split_control(text)[0]
+        return self._split_control(text, "inside")[0]
 
 
 def _last(offsets: Sequence[tuple[int, int]], start: int) -> list[int]:
@@ -200,15 +198,19 @@ def _is_written(string: str, template: str) -> bool:
     return any(c in string for c in "<>[]|") and string.strip() != "" and string in template
 
 
-def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer that puts no blank before the text."""
+def _place(start: int, control_ends: set[int]) -> str:
+    return "beginning" if start == 0 else "after a control" if start in control_ends else "inside"
+
+
+def _without_prefix(part: Any, place: str) -> Any:
+    """A normalizer or pre-tokenizer that puts no blank before text in this place."""
     if not isinstance(part, dict):
         return part
-    if part.get("type") == "Prepend":
-        return {"type": "Replace", "pattern": {"String": "\u0000\u0000"}, "content": "\u0000\u0000"}
-    out = {k: [_without_prefix(x) for x in v] if isinstance(v, list) else v for k, v in part.items()}
-    if out.get("type") == "Metaspace" and "prepend_scheme" in out:
+    out = {k: [_without_prefix(x, place) for x in v] if isinstance(v, list) else v for k, v in part.items()}
+    if out.get("type") == "Metaspace" and (place == "inside" or out.get("prepend_scheme") == "first"):
         out["prepend_scheme"] = "never"
-    if out.get("type") == "ByteLevel" and "add_prefix_space" in out:
+    if out.get("type") == "Prepend" and place == "inside":
+        return {"type": "Sequence", "normalizers": []}
+    if out.get("type") == "ByteLevel" and place == "inside":
         out["add_prefix_space"] = False
     return out

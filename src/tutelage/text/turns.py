@@ -134,11 +134,11 @@ def _content(message: Mapping[str, Any]) -> str:
 
 def _first_header(text: str, report: TemplateReport) -> str:
     """Everything up to the assistant's first words, for a conversation that begins with them."""
-    at = text.find(report.header) if report.header else -1
+    at = text.find(report.header)
     if at < 0:
         raise TemplateError(
-            "a conversation must begin with a user or system message, got the assistant's, and the chat template has "
-            "no header that would show where it begins. Put the message that was answered before it."
+            "a conversation must begin with a user or system message, got the assistant's, and the chat template does "
+            f"not begin its turn with {report.header!r}. Put the message that was answered before it."
         )
     return text[: at + len(report.header)]
 
