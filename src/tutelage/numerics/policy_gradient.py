@@ -80,9 +80,9 @@ def clipped_ratio_loss(
     _check_shapes("clipped_ratio_loss", student_logprobs_N, old_logprobs_N, advantages_N)
     dtype = at_least_float32(student_logprobs_N, old_logprobs_N)
     advantages_N = advantages_N.detach().to(dtype)
-    ratio_N = (student_logprobs_N.to(dtype) - old_logprobs_N.detach().to(dtype)).exp()
-    # Where the advantage is 0 an overflowing ratio must not become nan.
-    ratio_N = torch.where(advantages_N != 0, ratio_N, 1.0)
+    log_ratio_N = student_logprobs_N.to(dtype) - old_logprobs_N.detach().to(dtype)
+    # Where the advantage is 0 an overflowing ratio must not become nan: replaced before exp, or its gradient would.
+    ratio_N = torch.where(advantages_N != 0, log_ratio_N, 0.0).exp()
     loss_N = -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N)
     if dual_clip is not None:
         loss_N = torch.where(advantages_N < 0, torch.minimum(loss_N, -dual_clip * advantages_N), loss_N)
