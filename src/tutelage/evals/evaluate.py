@@ -1,38 +1,18 @@
 """Sample a model on tasks, judge, and say how good it is, with intervals and the chance level beside it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 
-from tutelage.errors import ConfigError, DataError, SamplerError, VerifierError
+from tutelage.errors import ConfigError
 from tutelage.evals.passk import TaskCounts, pass_at_k_of_tasks
 from tutelage.evals.result import EvalResult
 from tutelage.monitors.entropy import entropy_stats
-from tutelage.types import (
-    Completion,
-    Progress,
-    Sampler,
-    SampleRequest,
-    SamplingParams,
-    Task,
-    Trajectory,
-    Verdict,
-    Verifier,
-    seed_for,
-)
-
-
-class MakeTrajectory(Protocol):
-    """Turns one completion of a task into the trajectory that is judged and stored."""
-
-    def __call__(self, task: Task, prompt_index: int, sample_index: int, completion: Completion) -> Trajectory: ...
-
-
-PromptIds = Callable[[Task], Sequence[int]]
-"""Renders a task to the tokens of its prompt, ending where the assistant is to speak."""
+from tutelage.monitors.sampling import MakeTrajectory, PromptIds, judge_tasks, sample_tasks, verdict_of
+from tutelage.types import Progress, Sampler, SamplingParams, Task, Trajectory, Verifier, seed_for
 
 
 def evaluate(
@@ -67,16 +47,25 @@ def evaluate(
     """
     check_settings(tasks, n, ks)
     watch = _Watch()
-    trajectories = _sample(sampler, tasks, prompt_ids, make_trajectory, n, params, seed, progress)
+    draw = partial(
+        sample_tasks,
+        sampler,
+        tasks,
+        prompt_ids=prompt_ids,
+        make_trajectory=make_trajectory,
+        seed=seed,
+        purpose="evaluate",
+        progress=progress,
+    )
+    trajectories = draw(n=n, params=params)
     watch.lap("sample")
-    judged = _judge(verifier, list(zip(tasks, trajectories, strict=True)), progress, "judge")
+    judged = judge_tasks(verifier, _pairs(tasks, trajectories), what="judge", progress=progress)
     watch.lap("judge")
     greedy_judged: list[list[Trajectory]] = []
     if greedy:
-        likely = replace(params, temperature=0.0, top_p=1.0)
         # Sample index n: a greedy answer never shares an id with a sampled one.
-        answers = _sample(sampler, tasks, prompt_ids, make_trajectory, 1, likely, seed, progress, first=n)
-        greedy_judged = _judge(verifier, list(zip(tasks, answers, strict=True)), progress, "judge greedy")
+        answers = draw(n=1, params=replace(params, temperature=0.0, top_p=1.0), first=n)
+        greedy_judged = judge_tasks(verifier, _pairs(tasks, answers), what="judge greedy", progress=progress)
         watch.lap("greedy")
     chances: Mapping[str, float | None] = {}
     alone: tuple[str, ...] = ()
@@ -160,9 +149,9 @@ def chance_level(
     values: dict[str, list[float]] = {f"pass@{k}": [] for k in ks}
     for chosen in pairs:
         work = [(tasks[other], [_as_answer_to(tasks[other], t) for t in trajectories_P_G[i]]) for i, other in chosen]
-        judged = _judge(verifier, work, progress, "judge against other tasks")
+        judged = judge_tasks(verifier, work, what="judge against other tasks", progress=progress)
         counts = [
-            TaskCounts.of(tasks[i].id, tasks[i].name, [_verdict(t) for t in group])
+            TaskCounts.of(tasks[i].id, tasks[i].name, [verdict_of(t) for t in group])
             for (i, _), group in zip(chosen, judged, strict=True)
         ]
         for k in ks:
@@ -178,75 +167,13 @@ def _as_answer_to(task: Task, trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, id=other, task_id=task.id, task_hash=task.hash, task_name=task.name, verdict=None)
 
 
-def _sample(
-    sampler: Sampler,
-    tasks: Sequence[Task],
-    prompt_ids: PromptIds,
-    make_trajectory: MakeTrajectory,
-    n: int,
-    params: SamplingParams,
-    seed: int,
-    progress: Progress | None,
-    first: int = 0,
-) -> list[list[Trajectory]]:
-    requests = [
-        SampleRequest(prompt_ids=tuple(prompt_ids(task)), n=n, seed=seed_for(seed, "evaluate", task.id))
-        for task in tasks
-    ]
-    completions = sampler.sample(requests, params, progress=progress)
-    if [len(c) for c in completions] != [n] * len(tasks):
-        raise SamplerError(
-            f"{len(tasks)} prompts with {n} samples each were asked of {sampler.author!r}; it returned "
-            f"{len(completions)} prompts with {sorted({len(c) for c in completions})} samples"
-        )
-    return [
-        [_sampled_with(params, make_trajectory(task, i, j, c)) for j, c in enumerate(group, start=first)]
-        for i, (task, group) in enumerate(zip(tasks, completions, strict=True))
-    ]
-
-
-def _sampled_with(params: SamplingParams, trajectory: Trajectory) -> Trajectory:
-    """The completion's span says how it was drawn: `make_trajectory` need not know greedy from sampled."""
-    spans = list(trajectory.spans)
-    last = max((i for i, s in enumerate(spans) if s.is_sampled), default=None)
-    if last is not None:
-        spans[last] = replace(spans[last], sampling=params)
-    return replace(trajectory, spans=tuple(spans))
-
-
-def _judge(
-    verifier: Verifier,
-    work: Sequence[tuple[Task, Sequence[Trajectory]]],
-    progress: Progress | None,
-    what: str,
-) -> list[list[Trajectory]]:
-    if progress:
-        progress.start(what, sum(len(group) for _, group in work), "samples")
-    out = []
-    for task, group in work:
-        verdicts = verifier.judge(task, group)
-        if len(verdicts) != len(group):
-            raise VerifierError(
-                f"verifier {verifier.name!r} must give one verdict for each of {len(group)} trajectories of task "
-                f"{task.id!r}, gave {len(verdicts)}"
-            )
-        out.append([replace(t, verdict=v) for t, v in zip(group, verdicts, strict=True)])
-        if progress:
-            progress.advance(len(group))
-    if progress:
-        progress.finish()
-    return out
-
-
-def _verdict(trajectory: Trajectory) -> Verdict:
-    if trajectory.verdict is None:
-        raise DataError(f"trajectory {trajectory.id!r} has no verdict: judge it before counting")
-    return trajectory.verdict
+def _pairs(tasks: Sequence[Task], groups: Sequence[list[Trajectory]]) -> list[tuple[Task, list[Trajectory]]]:
+    return list(zip(tasks, groups, strict=True))
 
 
 def _counts(tasks: Sequence[Task], judged: Sequence[Sequence[Trajectory]]) -> tuple[TaskCounts, ...]:
     return tuple(
-        TaskCounts.of(task.id, task.name, [_verdict(t) for t in group])
+        TaskCounts.of(task.id, task.name, [verdict_of(t) for t in group])
         for task, group in zip(tasks, judged, strict=True)
     )
 

@@ -173,13 +173,21 @@ class NoveltyHistory:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def novelty(self, keys_by_task: Mapping[str, Sequence[str]], *, add: bool = True) -> float | None:
-        """Distinct accepted solutions never seen before, over all accepted; None where nothing was accepted."""
+    def add(self, keys_by_task: Mapping[str, Sequence[str]]) -> tuple[float | None, list[str]]:
+        """Takes in a round's accepted solutions, repeats included.
+
+        Returns:
+            novelty: distinct solutions never seen before over all accepted; None where nothing was accepted.
+            fresh: their hashes, sorted, for `forget`.
+        """
         accepted = sum(len(keys) for keys in keys_by_task.values())
-        new = {content_hash(task, key) for task, keys in keys_by_task.items() for key in keys} - self._seen
-        if add:
-            self._seen |= new
-        return len(new) / accepted if accepted else None
+        fresh = {content_hash(task, key) for task, keys in keys_by_task.items() for key in keys} - self._seen
+        self._seen |= fresh
+        return (len(fresh) / accepted if accepted else None), sorted(fresh)
+
+    def forget(self, fresh: Iterable[str]) -> None:
+        """Undoes an `add`: a round that was taken back was never seen."""
+        self._seen -= set(fresh)
 
     def state(self) -> dict[str, Any]:
         return {"seen": sorted(self._seen)}

@@ -205,9 +205,19 @@ def mean_over_tasks(
         q = 1 - (alpha / 2) ** (1 / values.size)
         low, high = value - q * (value - bounds[0]), value + q * (bounds[1] - value)
         return Estimate(value=value, low=low, high=high, count=values.size, method="unseen", level=level)
-    boot_R = resampled(lambda idx: values[idx].mean(axis=1), values.size, seed=seed, resamples=resamples)
+    boot_R = _resampled_means(values, seed=seed, resamples=resamples)
     low, high, method = _bca(values, boot_R, alpha)
     return Estimate(value=value, low=low, high=high, count=values.size, method=method, level=level)
+
+
+def _resampled_means(values: Floats, *, seed: int, resamples: int) -> Floats:
+    kinds, counts = np.unique(values, return_counts=True)
+    if 4 * kinds.size > values.size:
+        return resampled(lambda idx: values[idx].mean(axis=1), values.size, seed=seed, resamples=resamples)
+    # Few distinct values (pass@k of n samples has at most n + 1): how often each is drawn is multinomial, which is the
+    # same distribution for a fraction of the work.
+    drawn = np.random.default_rng(seed).multinomial(values.size, counts / values.size, size=resamples)
+    return np.asarray(drawn @ kinds / values.size, dtype=np.float64)
 
 
 def _bca(values: Floats, boot_R: Floats, alpha: float) -> tuple[float, float, str]:
@@ -256,6 +266,50 @@ def paired_gain(
     ids = sorted(before)
     diff_P = np.array([after[i] - before[i] for i in ids], dtype=np.float64)
     return mean_over_tasks(diff_P, seed=seed, level=level, resamples=resamples, bounds=bounds)
+
+
+def ratio_over_tasks(
+    numerators_P: ArrayLike,
+    denominators_P: ArrayLike,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 10_000,
+) -> Estimate:
+    """sum(numerators) / sum(denominators) with a percentile bootstrap over tasks: e.g. nats per token.
+
+    Raises:
+        DataError: the lengths differ, or some denominator is not positive: leave such tasks out.
+    """
+    num, den = np.asarray(numerators_P, dtype=np.float64), np.asarray(denominators_P, dtype=np.float64)
+    if num.shape != den.shape or num.ndim != 1 or num.size == 0:
+        raise DataError(f"a ratio over tasks needs one numerator and denominator each; got {num.shape}, {den.shape}")
+    if not (den > 0).all():
+        raise DataError(f"a ratio over tasks needs positive denominators, {int((den <= 0).sum())} are not")
+    value = float(num.sum() / den.sum())
+    return bootstrap(
+        lambda idx: num[idx].sum(axis=1) / den[idx].sum(axis=1),
+        num.size,
+        value=value,
+        seed=seed,
+        level=level,
+        resamples=resamples,
+    )
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], Floats],
+    num_tasks: int,
+    *,
+    value: float,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 10_000,
+) -> Estimate:
+    """Percentile interval of any statistic of resampled tasks; `statistic` takes indices (r, P) and gives (r,)."""
+    boot_R = resampled(statistic, num_tasks, seed=seed, resamples=resamples)
+    low, high = np.quantile(boot_R, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value=value, low=float(low), high=float(high), count=num_tasks, method="percentile", level=level)
 
 
 def sign_flip_p(differences_P: ArrayLike, *, seed: int = 0, draws: int = 10_000) -> float:
