@@ -5,8 +5,8 @@
 
 Each measurement is a process of its own: it makes the inputs, runs a small warm-up (threads, kernels), notes its peak
 resident set (VmHWM, reset before the run), and runs the loss once cold, then `--repeats` times warm. "MB" is the peak
-above what was resident before (inputs and the .grad they leave included in the peak), "s" the best warm time in that process,
-"cold s" the first. Plain and chunked alternate; medians over rounds.
+above what was resident before the run, so the gradients it leaves are in it and the inputs are not; "s" is the best
+warm time in that process, "cold s" the first. Plain and chunked alternate; medians over rounds.
 Plain is the same public function on whole logits: hidden @ weight.T, then `forward_kl` and so on; its cross-entropy
 is torch.nn.functional.cross_entropy on float32 logits. Nothing is written unless --out FILE.
 """

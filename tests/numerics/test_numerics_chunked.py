@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -245,7 +246,7 @@ def test_step_does_not_depend_on_microbatches_or_chunks(cuts, chunk_size):
     expected = case.gradients(whole)
     edges = [0, *sorted(cuts), N]
     total, gradients = 0.0, [torch.zeros_like(case.hidden), torch.zeros_like(case.weight)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         part = {name: column[start:stop] for name, column in case.columns.items()}
         loss, _ = chunked_loss(
             case.hidden[start:stop], case.weight, part, numerics.cross_entropy, divisor=N, chunk_size=chunk_size
@@ -388,7 +389,7 @@ def test_nothing_the_size_of_all_logits_is_computed_and_nothing_twice():
 def test_stats_are_sums_over_the_weighted_targets_on_the_transformed_logits():
     case = Case()
     case.row_weight[[1, 2]] = 0.0
-    loss, stats = chunked_loss(
+    _, stats = chunked_loss(
         case.hidden,
         case.weight,
         case.columns,
@@ -436,7 +437,7 @@ def test_errors_name_what_was_given():
         run(case.hidden, case.weight, ids, divisor=1, chunk_size=0)
     with pytest.raises(DataError, match=r"one value per target \(3,\), got \(\)"):
         numerics.chunked_loss(case.hidden, case.weight, ids, lambda x, c: x.sum(), divisor=1)
-    with pytest.raises(DataError, match="17 student rows and 16 teacher rows.*weight\\[:shared_vocabulary\\]"):
+    with pytest.raises(DataError, match=r"17 student rows and 16 teacher rows.*weight\[:shared_vocabulary\]"):
         numerics.chunked_divergence("jsd", case.hidden, case.weight, case.teacher_hidden, case.teacher_weight[:16])
     with pytest.raises(ConfigError, match="got 'kl'"):
         numerics.chunked_divergence("kl", case.hidden, case.weight, case.teacher_hidden, case.teacher_weight)

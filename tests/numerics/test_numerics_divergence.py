@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -260,7 +261,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_divergence_and_fewer_is_a_lower_bo
         values.append(value)
     torch.testing.assert_close(value, exact)
     torch.testing.assert_close(gradient, exact_gradient)
-    for lower, higher in zip(values, values[1:], strict=False):
+    for lower, higher in itertools.pairwise(values):
         assert (lower <= higher + 1e-12).all()
 
 

@@ -393,9 +393,9 @@ def test_setting_and_shape_errors_name_what_was_given():
     with pytest.raises(ConfigError) as e:
         clipped_ratio_loss(x, x, x, clip_low=1.5, clip_high=-1.0, dual_clip=0.5)
     assert [p.split(", got ")[1][:3] for p in e.value.problems] == ["1.5", "-1.", "0.5"]
-    with pytest.raises(ConfigError, match="cap must be at least 1, got 0.5"):
+    with pytest.raises(ConfigError, match=r"cap must be at least 1, got 0\.5"):
         sampler_weight(x, x, cap=0.5)
-    with pytest.raises(ConfigError, match="max_ratio must be at least 1, got 0.1"):
+    with pytest.raises(ConfigError, match=r"max_ratio must be at least 1, got 0\.1"):
         sampled_reverse_kl(x, x, max_ratio=0.1)
     with pytest.raises(DataError, match=r"\[\(2,\), \(3,\)\]"):
         numerics.reinforce_loss(x, torch.zeros(3))
