@@ -156,7 +156,7 @@ class Job:
 
         resolved = {
             "tutelage": tutelage.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "precision": self.bench.precision,
             "device": self.bench.device,

@@ -7,6 +7,7 @@ no work is spent on other documents, and there is no mask to get wrong.
 Dimension letters:  B row (always 1)   H query heads   J key/value heads   T positions of the row   E head width
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def packed_attention(
     bounds = cu_seq_lens_q.tolist()
     p = dropout if module.training else 0.0
     out = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         q, k, v = (x[:, :, start:stop] for x in (query_BHTE, key_BJTE, value_BJTE))
         out.append(_one_document(q, k, v, scaling, p, sliding_window, softcap))
     return torch.cat(out, dim=2).transpose(1, 2), None

@@ -189,7 +189,9 @@ def add_lora(model: Any, *, r: int, alpha: float, dropout: float, target: str, s
     from peft import LoraConfig, get_peft_model
 
     if "lm_head" in target:
-        raise ConfigError("lora.target may not name lm_head: the output layer is computed in chunks from its own weight")
+        raise ConfigError(
+            "lora.target may not name lm_head: the output layer is computed in chunks from its own weight"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws A from the global generator
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type="CAUSAL_LM")

@@ -112,9 +112,7 @@ def _in_order(indices: list[int], ts: Sequence[Trajectory], keep: Keep) -> list[
     return sorted(indices, key=lambda i: ts[i].num_sampled) if keep.order == "shortest" else indices
 
 
-def _mark_after_first(
-    indices: list[int], marks: list[str | None], key: Callable[[int], str], mark: str
-) -> list[int]:
+def _mark_after_first(indices: list[int], marks: list[str | None], key: Callable[[int], str], mark: str) -> list[int]:
     seen: set[str] = set()
     left = []
     for i in indices:

@@ -127,7 +127,9 @@ class Drawn:
         for i, completions in zip(chunk, answers, strict=True):
             for j, completion in enumerate(completions):
                 name = f"s{ctx.stage}r{ctx.round}p{base + i}n{j}"
-                t = make_trajectory(ctx.text, tasks[i], prompts[i], completion, sampler, self.params, trajectory_id=name)
+                t = make_trajectory(
+                    ctx.text, tasks[i], prompts[i], completion, sampler, self.params, trajectory_id=name
+                )
                 out.append(replace(t, prompt_index=i, sample_index=j))
         return out
 

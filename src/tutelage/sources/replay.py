@@ -64,9 +64,7 @@ class Replay:
             groups: dict[int, list[Trajectory]] = {}
             for t in store.load(index) or []:
                 groups.setdefault(t.prompt_index, []).append(t)
-            self._history.append(
-                [Group(task=tasks[ts[0].task_hash], trajectories=tuple(ts)) for ts in groups.values()]
-            )
+            self._history.append([Group(task=tasks[ts[0].task_hash], trajectories=tuple(ts)) for ts in groups.values()])
 
     def state(self) -> Mapping[str, Any]:
         return {"inner": self.source.state(), "num_drawn": self._num_drawn}

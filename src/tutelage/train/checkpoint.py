@@ -1,9 +1,9 @@
 """Resumable states: written whole under another name, flushed, renamed; at most `keep` of them.
 
-    checkpoints/step-0000042-00-00001-00003/    updates made, stage, round, updates made in the round
-      model/                 full weights, or the adapter: transformers and peft load it as it is
-      optimizer.safetensors  moments and step counts
-      state.json             cursor, sources, signals, monitors, log sizes, and every file's size and SHA-256
+checkpoints/step-0000042-00-00001-00003/    updates made, stage, round, updates made in the round
+  model/                 full weights, or the adapter: transformers and peft load it as it is
+  optimizer.safetensors  moments and step counts
+  state.json             cursor, sources, signals, monitors, log sizes, and every file's size and SHA-256
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Several processes, through Accelerate. The only place that knows there may be more than one.
 
-Work is split by index: process r of w takes items r, r + w, r + 2w, ... Every process knows the whole list, so sums are the
-same whatever w is, up to the order of addition.
+Work is split by index: process r of w takes items r, r + w, r + 2w, ... Every process knows the whole list, so sums
+are the same whatever w is, up to the order of addition.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -44,7 +44,9 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
             if cursor.step == 0:
                 session.start_from(stage)
             targets = session.prepare(stage, draw)
-            for record in session.trainer.steps(targets, stage.signal, stage.trainer, session.place(stage), done=cursor.step):
+            for record in session.trainer.steps(
+                targets, stage.signal, stage.trainer, session.place(stage), done=cursor.step
+            ):
                 session.after_step(stage, record)
             reports = [(m, m.after_round(draw, session.context(stage))) for m in stage.monitors]
             if session.after_round(stage, draw, reports):

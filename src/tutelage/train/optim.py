@@ -1,8 +1,8 @@
 """AdamW and SGD over float32 masters of low-precision weights.
 
-Weights may be bfloat16, which makes forward and backward several times faster on hardware with bfloat16 units. An update of
-relative size 1e-3 is below bfloat16's resolution, so each such weight has a float32 master: gradients are added up in
-float32 as each microbatch finishes, the update is made on the master, and the weight is the master rounded.
+Weights may be bfloat16, which makes forward and backward several times faster on hardware with bfloat16 units. An
+update of relative size 1e-3 is below bfloat16's resolution, so each such weight has a float32 master: gradients are
+added up in float32 as each microbatch finishes, the update is made on the master, and the weight is the master rounded.
 """
 
 import math

@@ -1,12 +1,12 @@
 """The run's folder: settings, logs, checkpoints, trajectories, result. All of it readable without this library.
 
-    config.yaml       the resolved settings, versions and seed
-    metrics.jsonl     one line per optimiser step; every name carries its unit
-    events.jsonl      rounds, verdicts, stage changes, each with its reason
-    trajectories/     every round's draw: kept, rejected and errors alike
-    checkpoints/      resumable states, at most `keep`
-    model/            final weights and tokenizer, as transformers loads them
-    result.json       before and after, with intervals
+config.yaml       the resolved settings, versions and seed
+metrics.jsonl     one line per optimiser step; every name carries its unit
+events.jsonl      rounds, verdicts, stage changes, each with its reason
+trajectories/     every round's draw: kept, rejected and errors alike
+checkpoints/      resumable states, at most `keep`
+model/            final weights and tokenizer, as transformers loads them
+result.json       before and after, with intervals
 """
 
 import json

@@ -1,7 +1,7 @@
 """What the loop stands on: where a run is, its weights, its folder, and how to go on after a stop.
 
-After a kill the run goes back to its last checkpoint and does what followed again, to the same bits: draws come back from
-their committed chunks, orders and samples from their seeds, logs are cut to where the checkpoint was made.
+After a kill the run goes back to its last checkpoint and does what followed again, to the same bits: draws come back
+from their committed chunks, orders and samples from their seeds, logs are cut to where the checkpoint was made.
 """
 
 import shutil
@@ -130,7 +130,7 @@ class Session:
         if self.cursor.step > 0:
             raise CheckpointError(
                 f"round {self.cursor.round} was already being trained on, but its drawn chunks are missing from "
-                f"{self.run.work(self.cursor.stage, self.cursor.round)}: they cannot be drawn again from changed weights. "
+                f"{self.run.work(self.cursor.stage, self.cursor.round)} and changed weights cannot draw them again. "
                 "Remove the newest checkpoint to go back to the start of the round."
             )
         if stage.draw_from == "current":
@@ -278,9 +278,7 @@ class Session:
                 f"stopped by {self.stop.reason or 'another process'} after step {self.cursor.total_steps}: state saved"
             )
 
-    def after_round(
-        self, stage: "Stage", draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]
-    ) -> bool:
+    def after_round(self, stage: "Stage", draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]) -> bool:
         """Keep the draw, act on the monitors, move the cursor. True ends the stage."""
         if self.run.is_writer:
             RoundStore.publish(self.run.trajectories, f"stage{self.cursor.stage}-round{self.cursor.round:05d}", draw)
