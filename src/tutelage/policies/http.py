@@ -253,42 +253,33 @@ class HttpClient:
         key = self._key()
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        for connection, is_fresh in self._connections(timeout_s):
-            try:
-                connection.request(method, self._prefix + path, payload, headers)
-                response = connection.getresponse()
-            except (ConnectionError, http.client.BadStatusLine, http.client.CannotSendRequest):
-                connection.close()
-                if is_fresh:
-                    raise
-                continue  # the server closed it while it lay idle
-            except BaseException:
-                connection.close()
-                raise
-            try:
-                reply = _Reply(response.status, dict(response.headers.items()), response.read())
-            except BaseException:
-                connection.close()
-                raise
-            if response.will_close:
-                connection.close()
-            else:
-                self._idle.put(connection)
-            return reply
-        raise AssertionError("a fresh connection ends the loop")
+        try:
+            connection = self._idle.get_nowait()
+            connection.timeout = timeout_s
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout_s)
+            return self._exchange(connection, method, path, payload, headers)
+        except queue.Empty:
+            pass
+        except (ConnectionError, http.client.BadStatusLine):
+            self.close()  # the server closed it while it lay idle, so probably the others too
+        return self._exchange(self._connect(timeout_s), method, path, payload, headers)
 
-    def _connections(self, timeout_s: float) -> Any:
-        """Idle connections, then a fresh one."""
-        while True:
-            try:
-                idle = self._idle.get_nowait()
-            except queue.Empty:
-                break
-            idle.timeout = timeout_s
-            if idle.sock is not None:
-                idle.sock.settimeout(timeout_s)
-                yield idle, False
-        yield self._connect(timeout_s), True
+    def _exchange(
+        self, connection: http.client.HTTPConnection, method: str, path: str, payload: bytes | None, headers: Any
+    ) -> _Reply:
+        try:
+            connection.request(method, self._prefix + path, payload, headers)
+            response = connection.getresponse()
+            reply = _Reply(response.status, dict(response.headers.items()), response.read())
+        except BaseException:
+            connection.close()
+            raise
+        if response.will_close:
+            connection.close()
+        else:
+            self._idle.put(connection)
+        return reply
 
     def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
         host = str(self._parts.hostname)

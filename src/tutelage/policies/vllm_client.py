@@ -72,6 +72,10 @@ class VLLMServer:
 
     # -- what it is
 
+    def check(self) -> None:
+        """Raise SamplerError unless it answers and serves the model; asks once, then remembers."""
+        self._model_card()
+
     @property
     def model(self) -> str:
         return str(self._model_card()["id"])
@@ -368,6 +372,7 @@ class Fleet(Generic[R]):
                 if failures.get(place, 0) == 1:
                     server.revive()
                 elif place not in failures:
+                    server.check()
                     server.ensure_weights()
                 if failures.get(place, 0) < 2:
                     ready.append(place)
