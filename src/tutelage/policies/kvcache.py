@@ -43,6 +43,9 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Forget every row."""
 
+    def refresh(self) -> None:
+        """Take the model's weights as they are now, where the engine keeps its own form of them."""
+
 
 def recompose_order(num_rows: int, leaving: Sequence[int], num_joining: int) -> list[int]:
     """Survivors in their old order, then the rows that join."""
@@ -96,6 +99,9 @@ class RecomputeEngine:
 
     def reset(self) -> None:
         self._rows = []
+
+    def refresh(self) -> None:
+        """The model's own weights are used: nothing to take."""
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         by_length: dict[int, list[int]] = {}
@@ -226,6 +232,9 @@ class PlainEngine:
         self._cache = self._template = None
         self._lengths = []
 
+    def refresh(self) -> None:
+        """The model's own weights are used: nothing to take."""
+
     def _forward(self, new_tokens: list[list[int]], seen: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
         """Logits after appending `new_tokens[r]` to row r, of which `seen[r]` tokens are in the cache."""
         device = self._model.device
@@ -353,3 +362,142 @@ def check_engine(engine: Engine, model: Any, *, tolerance: float) -> float:
             f"(rms, relative), more than {tolerance:.2g}"
         )
     return worst
+
+
+# ------------------------------------------------------------------------------------------------ preallocated rows
+
+
+_WIDTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def _width_for(tokens: int) -> int:
+    """Columns of the narrowest pool that holds so many tokens."""
+    for width in _WIDTHS:
+        if tokens <= width:
+            return width
+    return -(-tokens // 512) * 512
+
+
+class RowPool:
+    """Keys and values of rows that fit in the same number of columns, contiguous for each layer."""
+
+    def __init__(self, columns: int, num_layers: int, num_heads: int, width: int, dtype: Any, device: Any) -> None:
+        self.columns = columns
+        self.lengths: list[int] = []
+        self._shape = (num_layers, num_heads, columns, width)
+        self._data = torch.empty((2, num_layers, 0, num_heads, columns, width), dtype=dtype, device=device)
+
+    def add(self, length: int, states: Tensor) -> None:
+        """A new last row from (2, layers, heads, length, width)."""
+        row = len(self.lengths)
+        if row == self._data.shape[2]:
+            shape = list(self._data.shape)
+            shape[2] = max(8, 2 * row)
+            bigger = self._data.new_zeros(shape)  # what the mask hides must be finite: 0 * nan is nan
+            bigger[:, :, :row] = self._data
+            self._data = bigger
+        self._data[:, :, row, :, :length] = states
+        self.lengths.append(length)
+
+    def row(self, row: int) -> Tensor:
+        """(2, layers, heads, length, width), a view."""
+        return self._data[:, :, row, :, : self.lengths[row]]
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Take rows out; the last ones fill the holes. Returns, for every row now, which it was."""
+        order = list(range(len(self.lengths)))
+        for row in sorted(rows, reverse=True):
+            last = len(order) - 1
+            if row != last:
+                self._data[:, :, row, :, : self.lengths[last]] = self._data[:, :, last, :, : self.lengths[last]]
+                order[row], self.lengths[row] = order[last], self.lengths[last]
+            order.pop()
+            self.lengths.pop()
+        return order
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """(rows, heads, columns, width) keys and values of one layer: contiguous views."""
+        rows = len(self.lengths)
+        return self._data[0, index, :rows], self._data[1, index, :rows]
+
+
+class PoolStep:
+    """One decoding step of one pool: where its rows are in the batch, what each sees, where the new token goes."""
+
+    def __init__(self, pool: RowPool, start: int, device: Any, dtype: torch.dtype) -> None:
+        self.start = start
+        self.stop = start + len(pool.lengths)
+        self._pool = pool
+        lengths_R = torch.tensor(pool.lengths, device=device)
+        hidden_RC = torch.arange(pool.columns, device=device)[None] > lengths_R[:, None]
+        self.mask = torch.zeros(hidden_RC.shape, dtype=dtype, device=device).masked_fill_(hidden_RC, float("-inf"))
+        self.mask = self.mask[:, None, None]
+        heads = pool.layer(0)[0].shape[1]
+        rows = torch.arange(len(pool.lengths) * heads, device=device) * pool.columns
+        self._places = rows + lengths_R.repeat_interleave(heads)
+
+    def append(self, layer: int, keys_RND: Tensor, values_RND: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest token's keys and values; the layer's whole (R, N, C, D) keys and values."""
+        keys, values = self._pool.layer(layer)
+        width = keys.shape[-1]
+        keys.view(-1, width).index_copy_(0, self._places, keys_RND.reshape(-1, width))
+        values.view(-1, width).index_copy_(0, self._places, values_RND.reshape(-1, width))
+        return keys, values
+
+
+class RowPools:
+    """Rows of a batch by how many columns they need, so that short rows do not pay for long ones.
+
+    Rows are ordered by pool, narrowest first. A row that has filled its pool moves to the next when the batch is
+    recomposed, which must happen before every step.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, width: int, dtype: Any, device: Any) -> None:
+        self._new = lambda columns: RowPool(columns, num_layers, num_heads, width, dtype, device)
+        self._dtype, self._device = dtype, device
+        self._pools: dict[int, RowPool] = {}
+
+    def lengths(self) -> list[int]:
+        """Tokens of every row, in batch order."""
+        return [n for columns in sorted(self._pools) for n in self._pools[columns].lengths]
+
+    def recompose(self, leaving: Sequence[int], joining: Sequence[tuple[int, Tensor]]) -> list[int]:
+        """As `Engine.recompose`; a joining row is its length and its (2, layers, heads, length, width) states."""
+        gone = set(leaving)
+        names: dict[int, list[int]] = {}
+        moving: list[tuple[int, int, Tensor]] = []
+        start = 0
+        for columns in sorted(self._pools):
+            pool = self._pools[columns]
+            count = len(pool.lengths)
+            full = [r for r in range(count) if start + r not in gone and pool.lengths[r] >= columns]
+            moving += [(start + r, pool.lengths[r], pool.row(r).clone()) for r in full]
+            dropped = [r for r in range(count) if start + r in gone] + full
+            names[columns] = [start + r for r in pool.drop(dropped)]
+            start += count
+        moving += [(-1 - j, length, states) for j, (length, states) in enumerate(joining)]
+        for name, length, states in moving:
+            columns = _width_for(length + 1)
+            if columns not in self._pools:
+                self._pools[columns] = self._new(columns)
+            self._pools[columns].add(length, states)
+            names.setdefault(columns, []).append(name)
+        return [name for columns in sorted(self._pools) for name in names.get(columns, [])]
+
+    def open_step(self) -> list[PoolStep]:
+        """The pools that have rows, ready for one token more in each."""
+        steps, start = [], 0
+        for columns in sorted(self._pools):
+            pool = self._pools[columns]
+            if pool.lengths:
+                steps.append(PoolStep(pool, start, self._device, self._dtype))
+                start += len(pool.lengths)
+        return steps
+
+    def close_step(self) -> None:
+        """Every row is one token longer."""
+        for pool in self._pools.values():
+            pool.lengths = [n + 1 for n in pool.lengths]
+
+    def reset(self) -> None:
+        self._pools = {}

@@ -1,9 +1,9 @@
 """Sampling in this process, from any transformers causal model: exact, repeatable, and with its log-probabilities.
 
 `InProcessSampler` computes each prompt once for its n samples, decodes up to `max_batch` rows together, lets finished
-rows leave and waiting ones join, and draws every token from a stream of its own (see `uniform`), so an answer depends
-on the weights, the requests, the parameters and `max_batch`, and on nothing else: never on time or global random
-state. The model's own `generation_config` is not read.
+rows leave and waiting ones join, and draws every token from a stream of its own (`drawing.uniform`), so an answer
+depends on the weights, the requests, the parameters and `max_batch`, and on nothing else: never on time or global
+random state. The model's own `generation_config` is not read.
 
 Dimension letters in this file:
   A  rows now in the batch    V  vocabulary entries    P  prompts
@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tutelage.errors import ConfigError, NumericsError, SamplerError
+from tutelage.errors import ConfigError, SamplerError
+from tutelage.policies.drawing import draw_tokens, uniform
+from tutelage.policies.fused_decode import FusedEngine, fused_refusal
 from tutelage.policies.kvcache import (
     Engine,
     PlainEngine,
@@ -30,170 +31,6 @@ from tutelage.policies.kvcache import (
     check_engine,
 )
 from tutelage.types import Completion, Progress, SampleRequest, SamplingParams, seed_for
-
-# ------------------------------------------------------------------------------------------------ randomness
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.bitwise_xor(x, x >> np.uint64(31))
-
-
-def uniform(seeds_A: NDArray[Any], steps_A: NDArray[Any]) -> NDArray[np.float64]:
-    """Number `steps_A[a]` of the stream `seeds_A[a]`, uniform on [0, 1) with 53 bits. No state: a function of both.
-
-    u = (mix(mix(seed ^ mix((step + 1) * 0x9E3779B97F4A7C15))) >> 11) * 2^-53
-
-    Source:
-        Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators": the finaliser. The seed is
-        combined with a scrambled counter, so streams of different seeds never run along each other shifted.
-
-    >>> bool(uniform(np.array([7]), np.array([0])) == uniform(np.array([7, 8]), np.array([0, 0]))[0])
-    True
-    """
-    with np.errstate(over="ignore"):
-        counter = _mix((steps_A.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-        bits = _mix(_mix(seeds_A.astype(np.uint64) ^ counter))
-    return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-# ------------------------------------------------------------------------------------------------ one draw
-
-
-class Drawn(NamedTuple):
-    """One token for every row."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    entropies: list[float]
-
-
-_BLOCK = 128
-_CHUNK_ELEMENTS = 1 << 19
-"""Rows are handled in chunks of about this many logits (2 MiB in fp32), so that the passes over them stay in cache."""
-
-
-def draw_tokens(logits_AV: Tensor, uniforms_A: Sequence[float], *, temperature: float, top_p: float) -> Drawn:
-    """Draw one token per row by inverting the cumulative distribution at `uniforms_A`, in float32 with float64 sums.
-
-    q = softmax(logits / temperature), cut to its nucleus and renormalised;   token = min {v : sum_{w <= v} q_w > u}
-
-    Args:
-        logits_AV: next-token logits, any float dtype.
-        uniforms_A: one number in [0, 1) per row; ignored where greedy.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: keep the smallest set of most likely tokens whose probability reaches this.
-
-    Units:
-        logprobs: nats under q, what was sampled from; under greedy decoding, under softmax(logits).
-        entropies: nats, of softmax(logits): neither temperature nor top-p.
-
-    Raises:
-        NumericsError: a row of the logits has nan, +inf, or nothing finite.
-    """
-    rows = max(1, _CHUNK_ELEMENTS // logits_AV.shape[1])
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    entropies: list[float] = []
-    for start in range(0, logits_AV.shape[0], rows):
-        chunk = slice(start, start + rows)
-        drawn = _draw_chunk(logits_AV[chunk], uniforms_A[chunk], temperature, top_p)
-        tokens += drawn.tokens
-        logprobs += drawn.logprobs
-        entropies += drawn.entropies
-    return Drawn(tokens, logprobs, entropies)
-
-
-def _draw_chunk(logits_AV: Tensor, uniforms_A: Sequence[float], temperature: float, top_p: float) -> Drawn:
-    scores_AV = logits_AV.float()
-    top_A, best_A = scores_AV.max(-1, keepdim=True)
-    shifted_AV = scores_AV - top_A
-    weights_AV = shifted_AV.exp()
-    log_z_A = weights_AV.sum(-1, dtype=torch.float64).log()
-    expected_A = torch.linalg.vecdot(weights_AV, shifted_AV).double() / log_z_A.exp()
-    entropies_A = log_z_A - expected_A
-    if not torch.isfinite(entropies_A).all():
-        entropies_A = _entropies_with_banned_tokens(shifted_AV, weights_AV, log_z_A)
-    if temperature == 0:
-        tokens_A, logprobs_A = best_A[:, 0], -log_z_A
-    else:
-        if temperature != 1:
-            weights_AV = torch.exp(shifted_AV / temperature)
-        if top_p < 1:
-            weights_AV = _nucleus(weights_AV, top_p)
-        u_A = torch.tensor(uniforms_A, dtype=torch.float64, device=logits_AV.device)
-        tokens_A, mass_A = _invert(weights_AV, u_A)
-        chosen_A = shifted_AV.gather(1, tokens_A[:, None])[:, 0].double()
-        logprobs_A = chosen_A / temperature - mass_A.log()
-    return Drawn(tokens_A.tolist(), logprobs_A.tolist(), entropies_A.clamp_min(0).tolist())
-
-
-def _entropies_with_banned_tokens(shifted_AV: Tensor, weights_AV: Tensor, log_z_A: Tensor) -> Tensor:
-    """Entropies where some logits are -inf, whose term is 0 by continuity."""
-    terms_AV = torch.where(weights_AV > 0, weights_AV * shifted_AV, 0.0)
-    entropies_A = log_z_A - terms_AV.sum(-1, dtype=torch.float64) / log_z_A.exp()
-    if not torch.isfinite(entropies_A).all():
-        bad = (~torch.isfinite(entropies_A)).nonzero()[:, 0].tolist()
-        raise NumericsError(
-            f"sampling needs finite logits; rows {bad} of {len(entropies_A)} in the batch have nan, +inf or no finite "
-            "logit. The weights are probably damaged or diverged: check the last training step's loss and gradient norm"
-        )
-    return entropies_A
-
-
-def _nucleus(weights_AV: Tensor, top_p: float) -> Tensor:
-    """The weights with everything outside the smallest set that reaches `top_p` set to 0. Ties go by token id.
-
-    Only tokens above (1 - top_p) / V of the mass can be in that set: the rest weigh at most 1 - top_p together.
-    """
-    kept_AV = torch.zeros_like(weights_AV)
-    mass_A = weights_AV.sum(-1, dtype=torch.float64)
-    floor_A = (mass_A * (1 - top_p) / weights_AV.shape[1]).to(weights_AV.dtype)
-    for row, kept, mass, floor in zip(weights_AV, kept_AV, mass_A, floor_A, strict=True):
-        candidates = (row >= floor).nonzero()[:, 0]
-        weights, order = row[candidates].sort(descending=True, stable=True)
-        before = weights.double().cumsum(0) - weights
-        inside = before < top_p * mass
-        inside[0] = True
-        chosen = candidates[order[inside]]
-        kept[chosen] = row[chosen]
-    return kept_AV
-
-
-def _invert(weights_AV: Tensor, u_A: Tensor) -> tuple[Tensor, Tensor]:
-    """(first token whose cumulative weight exceeds u times the total, the total); blocks first, then inside one."""
-    num_rows, width = weights_AV.shape
-    padding = -width % _BLOCK
-    if padding:
-        weights_AV = torch.nn.functional.pad(weights_AV, (0, padding))
-    blocks_ABK = weights_AV.view(num_rows, -1, _BLOCK)
-    ends_AB = blocks_ABK.sum(-1).double().cumsum(-1)
-    total_A = ends_AB[:, -1]
-    goal_A = u_A * total_A
-    block_A = torch.searchsorted(ends_AB, goal_A[:, None], right=True)[:, 0].clamp_max(ends_AB.shape[1] - 1)
-    block_A = torch.where(_is_empty(blocks_ABK, block_A), _last_block(ends_AB), block_A)
-    rows_A = torch.arange(num_rows, device=weights_AV.device)
-    before_A = torch.where(block_A > 0, ends_AB[rows_A, (block_A - 1).clamp_min(0)], 0.0)
-    inside_AK = blocks_ABK[rows_A, block_A].double().cumsum(-1)
-    # Block sums are rounded to float32, so the goal may lie past the block's own sum: then its last token with weight.
-    place_A = torch.searchsorted(inside_AK, (goal_A - before_A)[:, None], right=True)[:, 0]
-    last_A = torch.searchsorted(inside_AK, inside_AK[:, -1:], right=False)[:, 0]
-    return block_A * _BLOCK + torch.minimum(place_A, last_A), total_A
-
-
-def _is_empty(blocks_ABK: Tensor, block_A: Tensor) -> Tensor:
-    rows_A = torch.arange(blocks_ABK.shape[0], device=blocks_ABK.device)
-    return blocks_ABK[rows_A, block_A].sum(-1) == 0
-
-
-def _last_block(ends_AB: Tensor) -> Tensor:
-    """The last block with any weight."""
-    return torch.searchsorted(ends_AB, ends_AB[:, -1:], right=False)[:, 0]
-
-
-# ------------------------------------------------------------------------------------------------ the sampler
 
 
 @dataclass
@@ -340,12 +177,14 @@ class InProcessSampler:
     def _ready_engine(self) -> Engine:
         if self._engine is None:
             self._engine = self._choose_engine()
+        else:
+            self._engine.refresh()
         return self._engine
 
     def _choose_engine(self) -> Engine:
         names = list(_ENGINES) if self._engine_choice == "auto" else [self._engine_choice]
         exact = next(self._model.parameters()).dtype in (torch.float32, torch.float64)
-        tolerance = 1e-3 if exact else 0.05
+        tolerance = 1e-3 if exact else 0.25
         for name in names:
             reason = _ENGINES[name].refusal(self._model)
             if reason is None:
@@ -371,6 +210,7 @@ class _EngineKind(NamedTuple):
 
 
 _ENGINES = {
+    "fused": _EngineKind(fused_refusal, FusedEngine),
     "plain": _EngineKind(can_share_cache, PlainEngine),
     "recompute": _EngineKind(lambda model: None, RecomputeEngine),
 }
