@@ -313,7 +313,7 @@ class _Sides:
         self.classes = {item.canonical for item in self.heldout}
 
     def _looks_small(self, num_heldout: int) -> bool:
-        """True where at least a tenth of 2 * num_heldout + 50 draws repeat: under about 10 * num_heldout + 250 questions.
+        """True where a tenth of 2 * num_heldout + 50 draws repeat: under about 10 * num_heldout + 250 questions.
 
         Small sets are enumerated, so that classes can be held out whole. In large ones what is lost to neither side
         does not matter.
