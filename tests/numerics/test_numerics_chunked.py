@@ -32,7 +32,7 @@ every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     """Three rows a slice, so that every chunk of these small cases is cut further, unevenly."""
-    monkeypatch.setattr(engine, "_SLICE_ELEMENTS", 3 * V + 1)
+    monkeypatch.setattr(engine, "_slice_rows", lambda num_rows, size, device: 3)
     monkeypatch.setattr(engine, "_WEIGHT_ROWS", 4)
 
 
