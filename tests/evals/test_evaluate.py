@@ -39,8 +39,30 @@ def make_tasks(answers, name="sums"):
     ]
 
 
-def prompt_ids(task):
-    return [len(task.id), *task.id.encode()]
+class Text:
+    """Renders a task to the bytes of its id."""
+
+    fingerprint = "bytes"
+
+    def render_prompt(self, task):
+        ids = task.id.encode()
+        return [
+            Span(token_ids=(0,), role="template", author="template"),
+            Span(token_ids=tuple(ids), role="user", author="user"),
+        ]
+
+    def completion_span(self, completion, author, version, params):
+        return Span(
+            token_ids=completion.token_ids,
+            role="assistant",
+            author=author,
+            is_sampled=True,
+            is_trainable=True,
+            logprobs=completion.logprobs,
+            entropies=completion.entropies,
+            policy_version=version,
+            sampling=params,
+        )
 
 
 class Scripted:
@@ -73,25 +95,14 @@ class Scripted:
 
 
 def make_trajectory(task, prompt_index, sample_index, completion):
-    span = Span(
-        token_ids=completion.token_ids,
-        role="assistant",
-        author="student",
-        is_sampled=True,
-        is_trainable=True,
-        logprobs=completion.logprobs,
-        entropies=completion.entropies,
-    )
     return Trajectory(
         id=f"{task.id}/{sample_index}",
         task_id=task.id,
         task_hash=task.hash,
-        spans=(Span(token_ids=(1, 2, 3), role="user", author="user"), span),
+        spans=(Text().completion_span(completion, "student", "v0", PARAMS),),
         completion=completion.text,
         task_name=task.name,
-        prompt_index=prompt_index,
         sample_index=sample_index,
-        finish=completion.finish,
     )
 
 
@@ -117,9 +128,7 @@ class Exact:
 
 
 def run(sampler, tasks, verifier=None, **overrides):
-    settings = (
-        dict(prompt_ids=prompt_ids, make_trajectory=make_trajectory, n=8, params=PARAMS, seed=3, ks=(1, 8)) | overrides
-    )
+    settings = dict(text=Text(), n=8, params=PARAMS, seed=3, ks=(1, 8)) | overrides
     return evaluate(sampler, tasks, verifier or Exact(), **settings)
 
 
@@ -244,6 +253,21 @@ def test_greedy_answers_say_so_and_share_no_id_with_samples():
     assert {t.spans[-1].sampling.temperature for t in result.trajectories} == {1.0}
     assert {t.spans[-1].sampling.temperature for t in result.greedy_trajectories} == {0.0}
     assert result.greedy_trajectories[0].spans[0].sampling is None
+
+
+def test_trajectories_are_token_exact_and_say_who_wrote_what():
+    tasks = make_tasks(["0", "1"])
+    t = run(Scripted(half_right), tasks).trajectories[9]
+    assert (t.id, t.task_id, t.task_hash, t.task_name) == ("evaluate/v0/sums-1/1", "sums-1", tasks[1].hash, "sums")
+    assert (t.prompt_index, t.sample_index, t.finish, t.tokenizer) == (1, 1, "stop", "bytes")
+    assert t.token_ids == (0, *b"sums-1", 0, 1)
+    assert [s.author for s in t.spans] == ["template", "user", "student"] and t.spans[-1].policy_version == "v0"
+    assert t.messages == (*tasks[1].messages, {"role": "assistant", "content": t.completion})
+
+
+def test_trajectories_can_be_made_by_the_caller():
+    result = run(Scripted(half_right), make_tasks(["0", "1"]), make_trajectory=make_trajectory)
+    assert [t.id for t in result.trajectories[:2]] == ["sums-0/0", "sums-0/1"]
 
 
 def test_same_seed_same_result():

@@ -1,5 +1,6 @@
 """G1 to G9 on published curves and on histories with a known cause, the overall verdict, hysteresis, and resuming."""
 
+import functools
 import json
 import math
 
@@ -162,8 +163,15 @@ def run(history, settings=S):
     return monitor, [monitor.update(p) for p in history]
 
 
+@functools.cache
+def graduated():
+    """(history, reports) of a run that plateaus; shared by tests that only read it."""
+    history = flat_history(0.5, num=9)
+    return history, run(history)[1]
+
+
 def test_a_plateau_with_spent_entropy_and_headroom_graduates_and_stops():
-    _, reports = run(flat_history(0.5, num=9))
+    _, reports = graduated()
     assert reports[-1].verdict == "GRADUATE" and reports[-1].should_stop and not reports[-1].should_revert
     assert reports[0].verdict == "INSUFFICIENT" and not reports[0].should_stop
     evidence = reports[-1].evidence
@@ -181,7 +189,7 @@ def test_a_plateau_with_spent_entropy_and_headroom_graduates_and_stops():
 
 
 def test_every_criterion_has_a_sentence_or_says_what_is_missing():
-    for report in run(flat_history(0.5, num=9))[1]:
+    for report in graduated()[1]:
         for name, body in report.evidence["criteria"].items():
             assert body["verdict"] in (PASS, FAIL, INSUFFICIENT)
             assert bool(body["missing"]) == (body["verdict"] == INSUFFICIENT), name
@@ -465,8 +473,7 @@ def test_hysteresis_is_two_of_the_last_three(verdicts, expected):
 
 
 def test_a_resumed_monitor_says_what_an_uninterrupted_one_says():
-    history = flat_history(0.5, num=8)
-    _, whole = run(history)
+    history, whole = graduated()
     first, _ = run(history[:4])
     second = GraduationMonitor(S)
     second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
@@ -477,8 +484,7 @@ def test_a_resumed_monitor_says_what_an_uninterrupted_one_says():
 
 
 def test_a_run_that_went_back_forgets_the_probes_it_took_back():
-    history = flat_history(0.5, num=6)
-    _, straight = run(history)
+    history, straight = graduated()
     monitor, _ = run(history[:4])
     monitor.update(probe(80, [16] * 160, h=0.001))
     report = monitor.update(history[4])

@@ -3,14 +3,14 @@
 from tutelage.evals.evaluate import chance_level, evaluate
 from tutelage.evals.passk import PassAtK, TaskCounts, pass_at_k_by_family, pass_at_k_over
 from tutelage.evals.result import Comparison, EvalResult, compare, compare_controls, comparison_rows
-from tutelage.monitors.sampling import MakeTrajectory, PromptIds
+from tutelage.monitors.sampling import MakeTrajectory, PromptText
 
 __all__ = [
     "Comparison",
     "EvalResult",
     "MakeTrajectory",
     "PassAtK",
-    "PromptIds",
+    "PromptText",
     "TaskCounts",
     "chance_level",
     "compare",

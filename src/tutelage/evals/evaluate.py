@@ -11,7 +11,7 @@ from tutelage.errors import ConfigError
 from tutelage.evals.passk import TaskCounts, pass_at_k_of_tasks
 from tutelage.evals.result import EvalResult
 from tutelage.monitors.entropy import entropy_stats
-from tutelage.monitors.sampling import MakeTrajectory, PromptIds, judge_tasks, sample_tasks, verdict_of
+from tutelage.monitors.sampling import MakeTrajectory, PromptText, judge_tasks, sample_tasks, verdict_of
 from tutelage.types import Progress, Sampler, SamplingParams, Task, Trajectory, Verifier, seed_for
 
 
@@ -20,8 +20,7 @@ def evaluate(
     tasks: Sequence[Task],
     verifier: Verifier,
     *,
-    prompt_ids: PromptIds,
-    make_trajectory: MakeTrajectory,
+    text: PromptText,
     n: int,
     params: SamplingParams,
     seed: int,
@@ -29,6 +28,7 @@ def evaluate(
     greedy: bool = True,
     chance: bool = True,
     chance_draws: int = 4,
+    make_trajectory: MakeTrajectory | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """n samples of every task, judged; pass@k, greedy accuracy and chance level from them.
@@ -36,9 +36,11 @@ def evaluate(
     A task's samples depend on (seed, task id) alone, so a subset of the tasks gives the same samples of those tasks.
 
     Args:
+        text: `text.ChatText` of the model: renders prompts, and completions as spans.
         n: samples a task; at least the largest k.
         params: how they are drawn. The greedy answers use the same lengths and stops.
         chance: judge the same samples against other tasks of the same family as well, `chance_draws` others each.
+        make_trajectory: builds the trajectories instead of `text`, for tasks that are more than a prompt and an answer.
 
     Raises:
         ConfigError: no task, repeated task ids, n < 1, some k < 1 or above n.
@@ -51,7 +53,7 @@ def evaluate(
         sample_tasks,
         sampler,
         tasks,
-        prompt_ids=prompt_ids,
+        text=text,
         make_trajectory=make_trajectory,
         seed=seed,
         purpose="evaluate",

@@ -7,7 +7,7 @@ from tutelage.monitors.entropy import EntropyStats, NoveltyHistory, entropy_stat
 from tutelage.monitors.graduation import GraduationMonitor, graduation_rows
 from tutelage.monitors.probe import Probe, Prober, TaskProbe, run_probe
 from tutelage.monitors.regression import RegressionGate, RegressionSettings
-from tutelage.monitors.sampling import MakeTrajectory, PromptIds
+from tutelage.monitors.sampling import MakeTrajectory, PromptText
 
 __all__ = [
     "Criterion",
@@ -20,8 +20,8 @@ __all__ = [
     "NoveltyHistory",
     "Probe",
     "Prober",
-    "PromptIds",
     "PromptMeasures",
+    "PromptText",
     "RegressionGate",
     "RegressionSettings",
     "TaskProbe",

@@ -15,7 +15,7 @@ from tutelage.monitors.entropy import (
     sampled_entropies,
     solution_key,
 )
-from tutelage.monitors.sampling import MakeTrajectory, PromptIds, judge_tasks, sample_tasks, verdict_of
+from tutelage.monitors.sampling import MakeTrajectory, PromptText, judge_tasks, sample_tasks, verdict_of
 from tutelage.numerics.statistics import Estimate
 from tutelage.types import (
     DrawContext,
@@ -147,14 +147,14 @@ def run_probe(
     tasks: Sequence[Task],
     verifier: Verifier,
     *,
-    prompt_ids: PromptIds,
-    make_trajectory: MakeTrajectory,
+    text: PromptText,
     n: int,
     seed: int,
     step: int,
     round: int = 0,
     max_new_tokens: int = 512,
     stop: tuple[str, ...] = (),
+    make_trajectory: MakeTrajectory | None = None,
     progress: Progress | None = None,
 ) -> tuple[Probe, list[Trajectory]]:
     """Sample n completions of every probe prompt at temperature 1 and top-p 1, judge them, and count.
@@ -168,7 +168,7 @@ def run_probe(
     groups = sample_tasks(
         sampler,
         tasks,
-        prompt_ids=prompt_ids,
+        text=text,
         make_trajectory=make_trajectory,
         n=n,
         params=SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens, stop=stop),
@@ -229,14 +229,14 @@ class Prober:
         tasks: Sequence[Task],
         verifier: Verifier,
         *,
-        prompt_ids: PromptIds,
-        make_trajectory: MakeTrajectory,
+        text: PromptText,
         seed: int,
         step: Callable[[], int],
         n: int = 16,
         max_new_tokens: int = 512,
         stop: tuple[str, ...] = (),
         author: str = "student",
+        make_trajectory: MakeTrajectory | None = None,
         base_scorer: Scorer | None = None,
         base_samples: Sequence[Trajectory] = (),
         policy_scorer: Scorer | None = None,
@@ -245,7 +245,7 @@ class Prober:
     ) -> None:
         self._tasks, self._verifier, self._author, self._step = tasks, verifier, author, step
         self._how: dict[str, Any] = dict(
-            prompt_ids=prompt_ids,
+            text=text,
             make_trajectory=make_trajectory,
             n=n,
             seed=seed,

@@ -1,6 +1,6 @@
 """Sampling a fixed set of tasks and judging the answers: what probes and evaluations share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from tutelage.types import (
     Sampler,
     SampleRequest,
     SamplingParams,
+    Span,
     Task,
     Trajectory,
     Verdict,
@@ -25,33 +26,49 @@ class MakeTrajectory(Protocol):
     def __call__(self, task: Task, prompt_index: int, sample_index: int, completion: Completion) -> Trajectory: ...
 
 
-PromptIds = Callable[[Task], Sequence[int]]
-"""Renders a task to the tokens of its prompt, ending where the assistant is to speak."""
+class PromptText(Protocol):
+    """What sampling needs of `text.ChatText`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def render_prompt(self, task: Task) -> Sequence[Span]: ...
+
+    def completion_span(
+        self, completion: Completion, author: str, version: str | None, params: SamplingParams | None
+    ) -> Span: ...
 
 
 def sample_tasks(
     sampler: Sampler,
     tasks: Sequence[Task],
     *,
-    prompt_ids: PromptIds,
-    make_trajectory: MakeTrajectory,
+    text: PromptText,
     n: int,
     params: SamplingParams,
     seed: int,
     purpose: str,
     first: int = 0,
+    make_trajectory: MakeTrajectory | None = None,
     progress: Progress | None = None,
 ) -> list[list[Trajectory]]:
     """n trajectories of each task. A task's samples depend on (seed, purpose, task id), not on the other tasks.
 
     Args:
+        text: renders the prompts, and the completions as spans.
+        purpose: part of the seeds and of the ids.
         first: sample index of the first one.
+        make_trajectory: builds the trajectories instead, for tasks that are more than a prompt and an answer.
 
     Raises:
         SamplerError: the sampler returned another number of completions than asked for.
     """
+    prompts = [tuple(text.render_prompt(task)) for task in tasks]
     requests = [
-        SampleRequest(prompt_ids=tuple(prompt_ids(task)), n=n, seed=seed_for(seed, purpose, task.id)) for task in tasks
+        SampleRequest(
+            prompt_ids=tuple(t for span in spans for t in span.token_ids), n=n, seed=seed_for(seed, purpose, task.id)
+        )
+        for task, spans in zip(tasks, prompts, strict=True)
     ]
     completions = sampler.sample(requests, params, progress=progress)
     if [len(c) for c in completions] != [n] * len(tasks):
@@ -59,19 +76,28 @@ def sample_tasks(
             f"{len(tasks)} prompts with {n} samples each were asked of {sampler.author!r}; it returned "
             f"{len(completions)} prompts with {sorted({len(c) for c in completions})} samples"
         )
+
+    def plain(task: Task, prompt_index: int, sample_index: int, completion: Completion) -> Trajectory:
+        span = text.completion_span(completion, sampler.author, sampler.version, params)
+        return Trajectory(
+            id=f"{purpose}/{sampler.version}/{task.id}/{sample_index}",
+            task_id=task.id,
+            task_hash=task.hash,
+            task_name=task.name,
+            spans=(*prompts[prompt_index], span),
+            messages=(*task.messages, {"role": "assistant", "content": completion.text}),
+            completion=completion.text,
+            prompt_index=prompt_index,
+            sample_index=sample_index,
+            finish=completion.finish,
+            tokenizer=text.fingerprint,
+        )
+
+    make = make_trajectory or plain
     return [
-        [_sampled_with(params, make_trajectory(task, i, j, c)) for j, c in enumerate(group, start=first)]
+        [make(task, i, j, c) for j, c in enumerate(group, start=first)]
         for i, (task, group) in enumerate(zip(tasks, completions, strict=True))
     ]
-
-
-def _sampled_with(params: SamplingParams, trajectory: Trajectory) -> Trajectory:
-    """The completion's span says how it was drawn: `make_trajectory` need not know greedy from sampled."""
-    spans = list(trajectory.spans)
-    last = max((i for i, s in enumerate(spans) if s.is_sampled), default=None)
-    if last is not None:
-        spans[last] = replace(spans[last], sampling=params)
-    return replace(trajectory, spans=tuple(spans))
 
 
 def judge_tasks(
