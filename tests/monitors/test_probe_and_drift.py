@@ -181,7 +181,7 @@ def test_sampled_kl_interval_covers():
         samples = [sampled(P, task=f"t{i}", token=int(t)) for i, row in enumerate(tokens) for t in row]
         e = sampled_kl(samples, Table(Q))
         hits += e.low <= KL_PQ <= e.high
-    assert 33 <= hits
+    assert hits >= 33
 
 
 def test_sampled_kl_refuses_what_is_not_the_models_own_distribution():
