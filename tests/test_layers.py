@@ -17,7 +17,7 @@ LAYERS = [
     ["train", "evals"],
     ["methods", "report"],
     ["serve", "ctf"],
-    ["cli"],
+    ["cli", "api"],
 ]
 FREE = {"testing", "__init__"}  # testing may import any; nothing of the library imports it
 

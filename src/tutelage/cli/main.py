@@ -19,7 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes: run verifier code outside the config's folder.")]
 
@@ -33,7 +35,9 @@ def console(is_json: bool = False) -> Console:
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file: a method, or a plan of stages.")],
     settings: Settings = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, data, tokens and time; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, data, tokens and time; train nothing.")
+    ] = False,
     as_json: Json = False,
     yes: Yes = False,
 ) -> None:
@@ -121,10 +125,11 @@ def main() -> None:
         _say(type(error).__name__, str(error))
         sys.exit(1)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
-            _say("Usage", getattr(error, "format_message", lambda: str(error))())
-            sys.exit(2)
-        raise
+        format_message = getattr(error, "format_message", None)  # the parser's own: a wrong option or argument
+        if format_message is None:
+            raise
+        _say("Usage", format_message())
+        sys.exit(2)
 
 
 def _say(kind: str, message: str) -> None:

@@ -29,26 +29,12 @@ def train(config: RunConfig, folder: Path, out: Console, *, yes: bool) -> dict[s
 
 def resume(run_dir: Path, out: Console, *, yes: bool) -> dict[str, Any]:
     """Go on with the run in a folder, by the settings it was started with."""
+    from tutelage.methods.job import config_of
+
     config, folder = config_of(run_dir)
     job = _job(config, folder, out, yes=yes, is_resume=True)
     out.print(f"resuming [bold]{run_dir}[/]")
     return job()  # type: ignore[no-any-return]
-
-
-def config_of(run_dir: Path) -> tuple[RunConfig, Path]:
-    """The resolved settings of a run, with `run_dir` where it is now.
-
-    Raises:
-        ConfigError: the folder holds no run.
-    """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
-    body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    resolved = body.pop("resolved", {})
-    body["run_dir"] = str(run_dir)
-    config, _ = load_config(body)
-    return config, Path(resolved.get("config_folder", "."))
 
 
 def demo(run_dir: Path, settings: Sequence[str], out: Console) -> dict[str, Any]:
@@ -107,7 +93,7 @@ def _say_provenance(config: RunConfig, out: Console) -> None:
 
 
 def dry_run(config: RunConfig, folder: Path, out: Console, *, as_json: bool, yes: bool) -> None:
-    """Resolved settings, memory, tokens, and three samples with their tokens coloured; trains nothing, writes nothing."""
+    """Resolved settings, memory, tokens, and three samples with their tokens coloured; trains and writes nothing."""
     from tutelage.methods import METHODS
     from tutelage.methods.config import dump_config
     from tutelage.methods.estimate import estimate
@@ -169,7 +155,13 @@ def show(result: Mapping[str, Any], out: Console, *, as_json: bool) -> None:
 def _before_after(result: Mapping[str, Any]) -> Table:
     before, after = result["before"], result["after"]
     table = Table(
-        "held-out questions", "before", "95%", "after", "95%", "chance", title=f"{before['num_tasks']} held-out questions"
+        "held-out questions",
+        "before",
+        "95%",
+        "after",
+        "95%",
+        "chance",
+        title=f"{before['num_tasks']} held-out questions",
     )
     for metric in [m for m in before if m.startswith("pass@") or m == "greedy"]:
         b, a = before[metric], after[metric]
@@ -206,7 +198,8 @@ def _print_counts(result: Mapping[str, Any], out: Console) -> None:
                 f"round {r['round']}: {r['data/num_sampled_tokens']:.0f} tokens sampled, "
                 f"{r['data/frac_accept']:.1%} accepted ({r['data/num_distinct_accepted']:.0f} distinct), "
                 f"{r['data/num_prompts_solved']:.0f} of {r['data/num_prompts']:.0f} prompts solved, "
-                f"{r['data/num_kept']:.0f} kept, entropy {r.get('policy/entropy_nats_per_token', float('nan')):.3f} nats"
+                f"{r['data/num_kept']:.0f} kept, "
+                f"entropy {r.get('policy/entropy_nats_per_token', float('nan')):.3f} nats/token"
             )
     counts = result["counts"]
     out.print(

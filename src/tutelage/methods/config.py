@@ -288,4 +288,4 @@ def dump_config(config: RunConfig, more: Mapping[str, Any]) -> str:
     """The resolved settings as YAML, with versions and what was decided at the start beside them."""
     body = config.model_dump(mode="json", exclude={"stages"})
     body["stages"] = [s.model_dump(mode="json") for s in config.stages]
-    return yaml.safe_dump({**body, "resolved": dict(more)}, sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump({**body, "resolved": dict(more)}, sort_keys=False, allow_unicode=True))

@@ -106,7 +106,7 @@ def _memory(parameters: Sequence[torch.nn.Parameter], bench: Workbench, max_toke
     config = bench.policy.causal_model.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
     activations = 34 * max_tokens * layers * width * (2 if bench.precision == "bfloat16" else 4) // 2
-    return weights + 4 * low + moments + gradients + activations
+    return int(weights + 4 * low + moments + gradients + activations)
 
 
 def _flops_per_second(bench: Workbench) -> float:

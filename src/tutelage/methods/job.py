@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import yaml
 
 import tutelage
 from tutelage.data.collate import collate
@@ -17,20 +18,17 @@ from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError
 from tutelage.evals import EvalResult, compare, compare_controls, evaluate
 from tutelage.methods import METHODS
-from tutelage.methods.config import RunConfig, dump_config
+from tutelage.methods.config import RunConfig, dump_config, load_config
 from tutelage.methods.workbench import Confirm, Workbench, with_examples
 from tutelage.policies import smollm2
 from tutelage.policies.policy import check_forward
-from tutelage.sources.drawn import make_trajectory
 from tutelage.train.distributed import Processes
 from tutelage.train.loop import Stage, describe, run_plan
 from tutelage.train.run_directory import RunDirectory, write_atomically
 from tutelage.train.session import Saving, Session
 from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
 from tutelage.types import (
-    Completion,
     Progress,
-    Sampler,
     SamplingParams,
     TargetRow,
     Task,
@@ -38,6 +36,7 @@ from tutelage.types import (
     Verifier,
 )
 
+Result = TypeVar("Result")
 CONFIG = "config.yaml"
 TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 0.5}
 """Largest difference between training's logits and the model's own, in standard deviations of the logits."""
@@ -96,8 +95,8 @@ class Job:
     def _check_folder(self) -> None:
         if (self.root / CONFIG).exists() and not self.is_resume:
             raise ConfigError(
-                f"run_dir {str(self.root)!r} already holds a run. Continue it with `tutelage resume {self.root}`, or set "
-                "run_dir to another folder."
+                f"run_dir {str(self.root)!r} already holds a run. Continue it with `tutelage resume {self.root}`, or "
+                "set run_dir to another folder."
             )
         if self.is_resume and not (self.root / CONFIG).exists():
             raise ConfigError(f"{str(self.root)!r} is not the folder of a run: it has no {CONFIG}")
@@ -142,7 +141,7 @@ class Job:
         """The config's stages as sources and signals."""
         return self._timed("build", lambda: [METHODS[s.method].build(s, self.bench) for s in self.config.stages])
 
-    def _timed(self, name: str, work: Any) -> Any:
+    def _timed(self, name: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()
         try:
             return work()
@@ -196,31 +195,13 @@ class Job:
     # -- measuring -----------------------------------------------------------------------------
 
     def _measuring(self) -> Measuring | None:
-        evaluation = self.config.evaluation
-        if evaluation is None:
+        if self.config.evaluation is None:
             return None
-        tasks_of, verifier_of = evaluation.tasks, evaluation.verifier
-        for stage in reversed(self.config.stages):
-            tasks_of = tasks_of or getattr(stage, "tasks", None)
-            verifier_of = verifier_of or getattr(stage, "verifier", None)
-        if tasks_of is None or verifier_of is None:
-            return None
-        heldout = self.bench.heldout_tasks(tasks_of)
-        if not heldout:
-            self.run.log_event("note", {"note": "no evaluation: tasks.heldout is 0, so no question is left for it"})
-            return None
-        rollout = next((r for s in reversed(self.config.stages) if (r := getattr(s, "rollout", None))), None)
-        longest = evaluation.max_new_tokens or (rollout.max_new_tokens if rollout else 512)
-        params = SamplingParams(
-            temperature=evaluation.temperature,
-            top_p=evaluation.top_p,
-            max_new_tokens=longest,
-            stop=rollout.stop if rollout else (),
-        )
-        examples = self.bench.train_tasks(tasks_of)[: evaluation.examples]
-        return Measuring(
-            tasks=heldout, verifier=self.bench.verifier(verifier_of), params=params, examples=examples
-        )
+        measuring = measuring_of(self.config, self.bench)
+        if measuring is None:
+            why = "no stage has tasks and a verifier, or tasks.heldout is 0: there is no question to measure on"
+            self.run.log_event("note", {"note": f"no evaluation: {why}"})
+        return measuring
 
     def _evaluation(
         self,
@@ -247,8 +228,7 @@ class Job:
             sampler,
             tasks,
             measuring.verifier,
-            prompt_ids=lambda task: self.bench.text.prompt_ids(task.messages, task.tools),
-            make_trajectory=_Maker(self.bench.text, sampler, params, name),
+            text=self.bench.text,
             n=count,
             params=params,
             seed=settings.seed,
@@ -278,12 +258,12 @@ class Job:
             for t in settings.control_temperatures
         }
         if by_temperature:
-            best = max(by_temperature, key=lambda t: by_temperature[t].pass_at(1).value or 0.0)
+            best = max(by_temperature, key=lambda t: _pass_at_1(by_temperature[t]))
             controls[f"base, best temperature ({best:g})"] = (by_temperature[best], "pass@1")
         if measuring.examples:
             shown = [with_examples(t, list(measuring.examples)) for t in measuring.tasks]
             few = self._evaluation("base-examples", measuring, tasks=shown, n=n)
-            best_metric = "greedy" if (few.greedy.value if few.greedy else 0) > (few.pass_at(1).value or 0) else "pass@1"
+            best_metric = "greedy" if (few.greedy.value if few.greedy else 0) > _pass_at_1(few) else "pass@1"
             controls[f"base, {len(measuring.examples)} worked examples ({best_metric})"] = (few, best_metric)
         return controls
 
@@ -328,26 +308,55 @@ class Job:
         """What each round drew and kept, from the event log."""
         path = self.root / "events.jsonl"
         events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [{k: v for k, v in e.items() if k not in ("event", "time_unix_s")} for e in events if e["event"] == "draw"]
+        return [
+            {k: v for k, v in e.items() if k not in ("event", "time_unix_s")} for e in events if e["event"] == "draw"
+        ]
 
 
-class _Maker:
-    """Turns an evaluation's completions into trajectories, token-exact."""
+def _pass_at_1(result: EvalResult) -> float:
+    estimate = result.pass_at(1).estimate
+    return estimate.value if estimate is not None else 0.0
 
-    def __init__(self, text: Any, sampler: Sampler, params: SamplingParams, name: str) -> None:
-        self.text, self.sampler, self.params, self.name = text, sampler, params, name
 
-    def __call__(self, task: Task, prompt_index: int, sample_index: int, completion: Completion) -> Trajectory:
-        t = make_trajectory(
-            self.text,
-            task,
-            self.text.render_prompt(task),
-            completion,
-            self.sampler,
-            self.params,
-            trajectory_id=f"{self.name}-{task.id}-{sample_index}",
-        )
-        return replace(t, prompt_index=prompt_index, sample_index=sample_index)
+def measuring_of(config: RunConfig, bench: Workbench) -> Measuring | None:
+    """What a config's evaluation is made on: its own tasks and verifier, else those of the last stage that has any.
+    None where there is no question to measure on.
+    """
+    evaluation = config.evaluation
+    assert evaluation is not None
+    tasks_of, verifier_of = evaluation.tasks, evaluation.verifier
+    for stage in reversed(config.stages):
+        tasks_of = tasks_of or getattr(stage, "tasks", None)
+        verifier_of = verifier_of or getattr(stage, "verifier", None)
+    heldout = bench.heldout_tasks(tasks_of) if tasks_of is not None else []
+    if tasks_of is None or verifier_of is None or not heldout:
+        return None
+    rollout = next((r for s in reversed(config.stages) if (r := getattr(s, "rollout", None))), None)
+    params = SamplingParams(
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        max_new_tokens=evaluation.max_new_tokens or (rollout.max_new_tokens if rollout else 512),
+        stop=rollout.stop if rollout else (),
+    )
+    is_cut = bool(tasks_of.heldout or tasks_of.heldout_path)
+    examples = bench.train_tasks(tasks_of)[: evaluation.examples] if is_cut else []
+    return Measuring(tasks=heldout, verifier=bench.verifier(verifier_of), params=params, examples=examples)
+
+
+def config_of(run_dir: Path) -> tuple[RunConfig, Path]:
+    """The resolved settings of a run, with `run_dir` where it is now.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
+    body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    resolved = body.pop("resolved", {})
+    body["run_dir"] = str(run_dir)
+    config, _ = load_config(body)
+    return config, Path(resolved.get("config_folder", "."))
 
 
 def _probe_row(text: Any, index: int) -> TargetRow:

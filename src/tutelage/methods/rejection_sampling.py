@@ -31,8 +31,9 @@ CARD = Card(
     policy="on-policy data, SFT update: the first-order special case of the policy gradient (reward in {0, 1})",
     when="An execution gap (pass@k well above pass@1), a verifier, and no stronger teacher.",
     gotcha=(
-        "Positives only: the policy's entropy falls, gains are fast and then stop. Entropy and coverage are logged every "
-        "round; when they fall, graduate to RL, whose real edge is leaving out groups whose rewards are all the same."
+        "Positives only: the policy's entropy falls, gains are fast and then stop. Entropy and coverage are logged "
+        "every round; when they fall, graduate to RL, whose real edge is leaving out groups whose rewards are all the "
+        "same."
     ),
     cite=(
         "STaR arXiv:2203.14465",

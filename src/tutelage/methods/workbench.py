@@ -27,7 +27,7 @@ from tutelage.methods.settings import (
     TrainSettings,
     VerifierSettings,
 )
-from tutelage.policies.load import DTYPES, load_model, load_tokenizer, save_model
+from tutelage.policies.load import load_model, load_tokenizer, save_model
 from tutelage.policies.policy import Policy, add_lora, merged_copy
 from tutelage.policies.sampler import InProcessSampler
 from tutelage.sources import Keep
@@ -67,7 +67,7 @@ class Workbench:
         """What was decided or changed on the way, for the person who runs it."""
         self._task_sets: dict[str, tuple[list[Task], list[Task]]] = {}
         self._verifiers: dict[str, Verifier] = {}
-        self._samplers: dict[str, Sampler] = {}
+        self._samplers: dict[str, InProcessSampler] = {}
 
     # -- the model -----------------------------------------------------------------------------
 
@@ -111,9 +111,7 @@ class Workbench:
             generation = GenerationConfig.from_pretrained(resolve_model(self.model_path)[0])
         except OSError:
             generation = None
-        chat = ChatText(
-            self.tokenizer, template_kwargs=self.config.model.template_kwargs, generation_config=generation
-        )
+        chat = ChatText(self.tokenizer, template_kwargs=self.config.model.template_kwargs, generation_config=generation)
         problem = chat.check_eos_pad()
         if problem is not None:
             self.notes.append(str(problem))
@@ -177,7 +175,7 @@ class Workbench:
             save_file({k: v.cpu().contiguous() for k, v in self.trainer.optimizer.weights().items()}, folder / MASTERS)
             return
         masters = self.trainer.optimizer.weights()
-        with _parameters_as(self.policy.model, masters):
+        with _ParametersAs(self.policy.model, masters):
             save_model(self.policy.model, self.tokenizer, folder)
 
     def load_weights(self, folder: Path) -> Mapping[str, Tensor]:
@@ -185,7 +183,8 @@ class Workbench:
         from safetensors.torch import load_file
 
         if self.config.model.lora:
-            return load_file(folder / MASTERS)
+            masters: dict[str, Tensor] = load_file(folder / MASTERS)
+            return masters
         return self._named(load_model(str(folder), dtype="float32" if self.precision != "float64" else "float64"))
 
     def load_base(self) -> Mapping[str, Tensor]:
@@ -215,8 +214,7 @@ class Workbench:
         rollout = self._rollout()
         if name == "student":
             self.policy.use_plain_attention()
-            self._samplers.setdefault("student", self._make_sampler(self.policy.model, "student", rollout))
-            sampler: Any = self._samplers["student"]
+            sampler = self._samplers.setdefault("student", self._make_sampler(self.policy.model, "student", rollout))
             sampler.version = version
             return sampler
         if name not in self._samplers:
@@ -291,9 +289,10 @@ class Workbench:
             common = {"config": s.options, "seed": self.config.seed, "heldout": s.heldout, **shape}
             if s.canonical:
                 common["canonical"] = s.canonical
-            train = self._kept(task_sets.reasoning_gym_tasks(s.name, s.size, split="train", **common))
-            held = task_sets.reasoning_gym_tasks(s.name, None, split="heldout", **common) if s.heldout else None
-            return train, self._kept(held) if held else []
+            drawn = self._kept(task_sets.reasoning_gym_tasks(s.name, s.size, split="train", **common))
+            if not s.heldout:
+                return drawn, []
+            return drawn, self._kept(task_sets.reasoning_gym_tasks(s.name, None, split="heldout", **common))
         assert s.path is not None
         path = self.path(s.path)
         if s.kind == "jsonl":
@@ -373,12 +372,14 @@ class Workbench:
         loaded = demos.load(path, format=settings.format, on_bad_record=settings.on_bad_record, limit=settings.limit)
         for bad in loaded.problems:
             self._quarantine(bad.origin, bad.reason, bad.raw)
-        groups = []
+        groups: list[Group] = []
         for demo in loaded.demos:
             if group := self._demonstration(demo, settings, len(groups)):
                 groups.append(group)
         if not groups:
-            raise DataError(f"{path}: none of {len(loaded.demos)} readable records can be trained on; see the quarantine")
+            raise DataError(
+                f"{path}: none of {len(loaded.demos)} readable records can be trained on; see the quarantine"
+            )
         return groups
 
     def _demonstration(self, demo: Any, settings: DataSettings, index: int) -> Group | None:
@@ -435,7 +436,7 @@ MASTERS = "masters.safetensors"
 def has_fast_bfloat16(device: str) -> bool:
     """True where bfloat16 matrix products are faster than float32 ones."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device == "cpu":
         flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
         return bool({"amx_bf16", "avx512_bf16"} & set(flags))
@@ -452,11 +453,13 @@ def _sampled(tasks: list[Task], count: int | None, seed: int) -> list[Task]:
     return [tasks[i] for i in sorted(chosen.tolist())]
 
 
-class _parameters_as:
+class _ParametersAs:
     """Within the block the model's parameters hold other tensors: for saving masters without a second model."""
 
     def __init__(self, model: Any, tensors: Mapping[str, Tensor]) -> None:
-        self.parameters = [(p, tensors[n]) for n, p in model.named_parameters() if n in tensors]
+        self.parameters: list[tuple[Any, Tensor]] = [
+            (p, tensors[n]) for n, p in model.named_parameters() if n in tensors
+        ]
 
     def __enter__(self) -> None:
         self.kept = [p.data for p, _ in self.parameters]
@@ -464,8 +467,8 @@ class _parameters_as:
             p.data = t
 
     def __exit__(self, *_: object) -> None:
-        for (p, _), data in zip(self.parameters, self.kept, strict=True):
-            p.data = data
+        for (parameter, _master), data in zip(self.parameters, self.kept, strict=True):
+            parameter.data = data
 
 
 def with_examples(task: Task, examples: list[Task]) -> Task:

@@ -77,7 +77,8 @@ class Policy(nn.Module):
             inputs["attention_mask"] = batch.attention_mask_BT
         self._use_attention(packed_attention.NAME if is_packed else self._plain_attention)
         body = self.causal_model.base_model
-        return body(use_cache=False, **inputs).last_hidden_state
+        hidden_BTD: Tensor = body(use_cache=False, **inputs).last_hidden_state
+        return hidden_BTD
 
     def _use_attention(self, name: str) -> None:
         """Set the attention of every part; samplers set theirs before they run, so this is set before each use."""

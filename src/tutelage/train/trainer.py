@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class TrainerSettings:
     max_grad_norm: float | None = 1.0
     max_tokens: int = 2048
     """Most tokens in one microbatch; a longer trajectory goes alone."""
-    layout: str = "packed"
+    layout: Literal["packed", "padded"] = "packed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Trainer:
         numbered = list(enumerate(rows))
         out: dict[int, list[float]] = {}
         parts = microbatches(numbered, max_tokens=max_tokens, length=lambda pair: pair[1].trajectory.num_tokens)
-        layout = "packed" if self.policy.supports_packing else "padded"
+        layout: Literal["packed", "padded"] = "packed" if self.policy.supports_packing else "padded"
         for part in self.processes.share(parts):
             batch = collate([row for _, row in part], layout=layout, dtype=self.float_dtype).to(self.device)
             scores = self._score_batch(batch)
