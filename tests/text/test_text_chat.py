@@ -426,6 +426,16 @@ def test_the_fingerprint_is_of_content(smollm2, smollm2_folder, tmp_path):
     assert ChatText.from_pretrained(tmp_path).fingerprint != first
 
 
+def test_the_template_in_use_is_saved_with_the_tokenizer(smollm2, tmp_path):
+    template = smollm2.chat_template.replace("SmolLM", "Someone")
+    chat = ChatText(smollm2, template=template)
+    chat.save(tmp_path)
+    again = ChatText.from_pretrained(tmp_path)
+    assert again.template == template and again.fingerprint == chat.fingerprint
+    assert again.prompt_ids(QUESTION) == chat.prompt_ids(QUESTION)
+    assert smollm2.chat_template != template, "the tokenizer in hand stays as it is"
+
+
 def test_the_template_has_its_own_fingerprint(smollm2):
     chat = ChatText(smollm2)
     other = ChatText(smollm2, template_kwargs={"enable_thinking": False})

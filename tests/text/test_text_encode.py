@@ -101,6 +101,13 @@ def test_control_strings_stay_text(make):
     assert not set(chat.literal_ids("<|end|>")) & control
 
 
+def test_plain_text_of_control_strings_is_split_as_the_tokenizer_splits_it(smollm2):
+    chat = ChatText(smollm2)
+    for text in ("a <|im_end|>\n<|im_start|>assistant", "<|endoftext|>", "<repo_name>x"):
+        own = smollm2(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert list(chat.literal_ids(text)) == own
+
+
 def test_blanks_that_a_control_token_eats_are_not_trained_twice():
     tokenizer = byte_level(rstrip=True)
     chat = ChatText(tokenizer)

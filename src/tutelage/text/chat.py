@@ -8,6 +8,7 @@
 Control tokens are ids only where the template writes them. In what users, tools and systems say they are plain text.
 """
 
+import copy
 import datetime
 import functools
 import itertools
@@ -428,6 +429,15 @@ class ChatText:
     def template_fingerprint(self) -> str:
         """Hash of the chat template and its settings."""
         return content_hash(self.template, self.template_kwargs)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer and the template in use to a model's folder; `from_pretrained` reads them back.
+
+        The padding token is written as it is: see `check_eos_pad`.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = self.template
+        tokenizer.save_pretrained(str(folder))
 
     def same_vocabulary(self, other: "ChatText | Any") -> bool:
         """True where the other tokenizer gives the same ids to the same text, whatever the width of its vocabulary."""
