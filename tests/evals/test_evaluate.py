@@ -369,6 +369,19 @@ def test_a_sampler_or_verifier_that_answers_too_little_is_named():
         run(Scripted(half_right), make_tasks(["0", "1"]), verifier=Silent())
 
 
+def test_a_verifier_that_takes_many_tasks_gets_them_together():
+    class Many(Exact):
+        def judge_many(self, groups):
+            groups = list(groups)
+            self.sizes = [*getattr(self, "sizes", []), len(groups)]
+            return [self.judge(task, trajectories) for task, trajectories in groups]
+
+    tasks, verifier = make_tasks([str(i) for i in range(40)]), Many()
+    together = run(Scripted(half_right), tasks, verifier=verifier, greedy=False, chance=False)
+    assert verifier.sizes == [32, 8]
+    assert together.counts == run(Scripted(half_right), tasks, greedy=False, chance=False).counts
+
+
 def test_counts_refuse_more_accepted_than_judged_and_repeated_tasks():
     with pytest.raises(DataError, match="accepted 3, judged 2"):
         TaskCounts(task_id="a", name="x", n=2, c=3)

@@ -19,6 +19,9 @@ from tutelage.types import (
     seed_for,
 )
 
+_TASKS_AT_ONCE = 32
+"""Tasks judged between two steps of the progress bar."""
+
 
 class MakeTrajectory(Protocol):
     """Turns one completion of a task into the trajectory that is judged and stored."""
@@ -109,22 +112,27 @@ def judge_tasks(
 ) -> list[list[Trajectory]]:
     """The same trajectories, each with its verdict.
 
+    A verifier with `judge_many` is given many tasks at a time, so that its workers share all of them.
+
     Raises:
         VerifierError: the verifier returned another number of verdicts than it was given trajectories.
     """
     if progress:
         progress.start(what, sum(len(group) for _, group in work), "samples")
+    many = getattr(verifier, "judge_many", None)
     out = []
-    for task, group in work:
-        verdicts = verifier.judge(task, group)
-        if len(verdicts) != len(group):
-            raise VerifierError(
-                f"verifier {verifier.name!r} must give one verdict for each of {len(group)} trajectories of task "
-                f"{task.id!r}, gave {len(verdicts)}"
-            )
-        out.append([replace(t, verdict=v) for t, v in zip(group, verdicts, strict=True)])
-        if progress:
-            progress.advance(len(group))
+    for start in range(0, len(work), _TASKS_AT_ONCE):
+        part = work[start : start + _TASKS_AT_ONCE]
+        judged = many(part) if many is not None else [verifier.judge(task, group) for task, group in part]
+        for (task, group), verdicts in zip(part, judged, strict=True):
+            if len(verdicts) != len(group):
+                raise VerifierError(
+                    f"verifier {verifier.name!r} must give one verdict for each of {len(group)} trajectories of task "
+                    f"{task.id!r}, gave {len(verdicts)}"
+                )
+            out.append([replace(t, verdict=v) for t, v in zip(group, verdicts, strict=True)])
+            if progress:
+                progress.advance(len(group))
     if progress:
         progress.finish()
     return out
