@@ -139,14 +139,17 @@ def invert(weights_AV: Tensor, u_A: Tensor) -> tuple[Tensor, Tensor]:
     blocks_ABK = weights_AV.view(num_rows, -1, _BLOCK)
     ends_AB = blocks_ABK.sum(-1).double().cumsum(-1)
     total_A = ends_AB[:, -1]
-    goal_A = u_A * total_A
-    # The first block whose end exceeds the goal: it has weight. u < 1, but u * total may round up to the total.
-    block_A1 = torch.searchsorted(ends_AB, goal_A[:, None], right=True)
-    block_A1 = torch.minimum(block_A1, torch.searchsorted(ends_AB, ends_AB[:, -1:]))
+    # The first place whose running sum exceeds the goal has weight, if the goal stays below the last sum: u is below 1,
+    # but u times the total may round up to it, and float32 block sums may lie above their block's own running sum.
+    goal_A1 = _below(u_A * total_A, total_A)[:, None]
+    block_A1 = torch.searchsorted(ends_AB, goal_A1, right=True)
     before_A1 = torch.where(block_A1 > 0, ends_AB.gather(1, (block_A1 - 1).clamp_min(0)), 0.0)
     rows_A = torch.arange(num_rows, device=weights_AV.device)
     inside_AK = blocks_ABK[rows_A, block_A1[:, 0]].double().cumsum(-1)
-    # Block sums are rounded to float32, so the goal may lie past the block's own sum: then its last token with weight.
-    place_A1 = torch.searchsorted(inside_AK, goal_A[:, None] - before_A1, right=True)
-    place_A1 = torch.minimum(place_A1, torch.searchsorted(inside_AK, inside_AK[:, -1:].contiguous()))
+    place_A1 = torch.searchsorted(inside_AK, _below(goal_A1 - before_A1, inside_AK[:, -1:]), right=True)
     return (block_A1 * _BLOCK + place_A1)[:, 0], total_A
+
+
+def _below(goal: Tensor, end: Tensor) -> Tensor:
+    """The goal, or the largest number below `end`."""
+    return torch.minimum(goal, torch.nextafter(end, torch.zeros_like(end)))

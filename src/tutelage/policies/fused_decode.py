@@ -30,6 +30,8 @@ def fused_refusal(model: Any) -> str | None:
     config = model.config
     if config.model_type not in _MODEL_TYPES:
         return f"it is written for {', '.join(_MODEL_TYPES)}; this model is a {config.model_type}"
+    if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "layers"):
+        return f"a {type(model).__name__} is not put together like its family's causal model"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     ):
