@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import torch
 
@@ -140,3 +141,8 @@ def sequence_reverse_kl_gradient(policy, teacher_, *, length=LENGTH):
 
 def same(a, b, tol=1e-12):
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+def replace_name(trajectory_, name, at):
+    """The same trajectory as another task's."""
+    return replace(trajectory_, task_name=name, task_id=name, id=at)

@@ -27,6 +27,8 @@ from tutelage.types import TargetRow, Trajectory
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits held at a time while scoring."""
+_LEAST_TAIL = 1e-7
+"""Mass a server's answer is taken to leave, at least: its float32 probabilities add up to 1 only so far."""
 
 
 class InProcessTeacher:
@@ -137,6 +139,13 @@ class InProcessTeacher:
                 own = (batch.row_index_C == place).numpy()
                 out[index] = TopK(*(column[own] for column in joined))
         return self._gathered(out, trajectories)
+
+    def full_logprobs(self, trajectory: Trajectory, limit: int, *, temperature: float = 1.0) -> Tensor:
+        """(at most `limit`, V) log-probabilities at the trajectory's first targets: what a cache is checked against."""
+        row = TargetRow(trajectory=trajectory, columns={"weight_C": np.ones(trajectory.num_targets)}, count=0.0)
+        batch = collate([row], layout=self.layout)  # type: ignore[arg-type]
+        found = [(logits_CV / temperature).log_softmax(-1) for _, logits_CV in self._chunks(batch)]
+        return torch.cat(found)[:limit]
 
     @torch.no_grad()
     def _chunks(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
@@ -321,6 +330,39 @@ class AveragedTeacher(SelfTeacher):
             raise CheckpointError(f"{path} averages other parameters than this policy trains, e.g. {odd}")
         for n, a in self.average.items():
             a.copy_(kept[n])
+
+
+class ServedTeacher:
+    """A teacher behind a server that gives its most likely tokens, or the log-probabilities of given ones.
+
+    Args:
+        scorer: something with `top_k(trajectories, k)`, whose answers have `ids_CK` and `logprobs_CK`, and `score`:
+            `VLLMScorer`.
+        k: entries asked for at every target.
+        vocab_size: the student's logits are cut to this many entries, where the server's model has fewer.
+    """
+
+    form = "top_k"
+    is_lazy = False
+    is_fixed = True
+    temperature = 1.0
+
+    def __init__(self, scorer: Any, *, k: int = 64, vocab_size: int | None = None, name: str = "teacher") -> None:
+        self.scorer, self.k, self.vocab_size, self.name = scorer, k, vocab_size, name
+
+    def top_k(self, trajectories: Sequence[Trajectory]) -> list[TopK]:
+        """Its answers with the log of the mass they leave, which float32 answers never put at exactly 0."""
+        out = []
+        for answer in self.scorer.top_k(trajectories, self.k):
+            logprobs = np.asarray(answer.logprobs_CK, dtype=np.float64)
+            rest = np.maximum(1 - np.exp(logprobs).sum(-1), _LEAST_TAIL)
+            out.append(TopK(np.asarray(answer.ids_CK, dtype=np.int64), logprobs, np.log(rest)))
+        return out
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Sequence[float]]:
+        """Nats per target token of each trajectory, at temperature 1."""
+        found: list[Sequence[float]] = self.scorer.score(trajectories)
+        return found
 
 
 def top_k_of(logits_CV: Tensor, k: int) -> TopK:

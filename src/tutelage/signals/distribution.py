@@ -309,6 +309,9 @@ class DivergenceLoss:
                 teacher_CV = spread_tail(ids_CK, logprobs_CK, tail_C, student_CV.shape[-1])
             s.health.compare(student_CV, teacher_CV)
             return self.divergence(student_CV, teacher_CV), temperature**2
+        # Shortened numbers need not add up to 1; an offset would shift the tail.
+        total_C = torch.logaddexp(logprobs_CK.logsumexp(-1), tail_C)
+        logprobs_CK, tail_C = logprobs_CK - total_C.unsqueeze(-1), tail_C - total_C
         return self._bucketed(student_CV, ids_CK, logprobs_CK, tail_C), temperature**2
 
     def _bucketed(self, student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, tail_C: Tensor) -> Tensor:
