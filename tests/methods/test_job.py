@@ -1,6 +1,7 @@
-"""Whole runs on a tiny model: from a config to `result.json`, stopped, killed and resumed."""
+"""Whole runs on a tiny model: from a config to `result.json`, stopped and resumed, and given bad input."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,60 +9,282 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.errors import ConfigError, DataError, Interrupted
+from tutelage.data.store import TrajectoryStore
+from tutelage.errors import CheckpointError, ConfigError, DataError, Interrupted
 from tutelage.methods.config import load_config
-from tutelage.methods.job import Job
-from tutelage.train.stop import StopRequest
+from tutelage.methods.job import Job, config_of
+from tutelage.train.stop import Quiet, StopRequest
 
 torch.set_num_threads(1)
 
 
-def questions(path: Path, count: int = 12) -> Path:
+def write_questions(path: Path, count: int = 12) -> Path:
     path.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(count)))
     return path
 
 
-def verifier(folder: Path) -> None:
+def write_verifier(folder: Path, rule: str = "sum(map(ord, completion)) % 3 == 0") -> None:
     (folder / "judge.py").write_text(
         "def judge(task, completion, trajectory):\n"
-        "    return {'accepted': sum(map(ord, completion)) % 3 == 0, 'score': len(completion) % 7 / 7}\n"
+        f"    return {{'accepted': {rule}, 'score': len(completion) % 7 / 7, 'reason': 'by rule'}}\n"
     )
 
 
-def rejection(folder: Path, model: Path, run: str, **more: Any) -> dict[str, Any]:
-    verifier(folder)
-    questions(folder / "q.jsonl")
+def rejection(folder: Path, model: Path, run: str = "run", **more: Any) -> dict[str, Any]:
+    if not (folder / "judge.py").exists():
+        write_verifier(folder)
     return {
         "method": "rejection_sampling",
         "run_dir": str(folder / run),
         "model": {"name": str(model), "precision": "float32"},
-        "tasks": {"kind": "jsonl", "path": str(folder / "q.jsonl"), "heldout": 3},
-        "verifier": {"kind": "python", "function": f"{folder / 'judge.py'}:judge", "allow_code_outside": True},
+        "tasks": {"kind": "jsonl", "path": str(write_questions(folder / "q.jsonl")), "heldout": 3},
+        "verifier": {
+            "kind": "python",
+            "function": f"{folder / 'judge.py'}:judge",
+            "allow_code_outside": True,
+            "accept_truncated": True,
+            "options": {"isolate": False},
+            "workers": 1,
+        },
         "rollout": {"n": 4, "max_new_tokens": 6, "chunk_rows": 8},
-        "keep": {"distinct": None, "cap": None},
+        "keep": {"distinct": None, "cap": None, "drop_truncated": False},
         "train": {"lr": 1e-3, "batch_size": 4, "epochs": 1},
         "rounds": 2,
         "evaluation": {"n": 2, "ks": [1, 2], "controls": False},
-        "verifier.accept_truncated": True,
-    } | more
+        **more,
+    }
+
+
+def demonstrations(folder: Path, model: Path, run: str = "run", **more: Any) -> dict[str, Any]:
+    path = folder / "chat.jsonl"
+    if not path.exists():
+        records = [{"prompt": f"say {i}", "completion": f"{i} it is"} for i in range(10)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return {
+        "method": "sft",
+        "run_dir": str(folder / run),
+        "model": {"name": str(model), "precision": "float32"},
+        "data": {"path": str(path)},
+        "train": {"lr": 1e-2, "batch_size": 4, "epochs": 8},
+        **more,
+    }
 
 
 def job(settings: dict[str, Any], **kwargs: Any) -> Job:
-    dotted = {k: v for k, v in settings.items() if "." in k}
-    config, folder = load_config({k: v for k, v in settings.items() if "." not in k}, dotted)
+    config, folder = load_config(settings)
     return Job(config, folder, **kwargs)
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit-identical weights, trajectories and metrics, times apart."""
+    wa, wb = weights(a / "model"), weights(b / "model")
+    assert wa.keys() == wb.keys()
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    assert metrics(a) == metrics(b)
+    assert list(TrajectoryStore(a / "trajectories")) == list(TrajectoryStore(b / "trajectories"))
+
+
+class StopAfter(Quiet):
+    """A stop request after so many reports of progress."""
+
+    def __init__(self, stop: StopRequest, count: int) -> None:
+        self.stop, self.left = stop, count
+
+    def advance(self, amount: int = 1, **numbers: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.stop.request("test")
+
+
 def test_rejection_sampling_from_config_to_result(tmp_path: Path, tiny_folder: Path) -> None:
-    settings = rejection(tmp_path, tiny_folder, "run") | {"keep": {"distinct": None, "cap": None}}
-    result = job(settings)()
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "done"
+    result = job(rejection(tmp_path, tiny_folder))()
+    run = tmp_path / "run"
+    assert json.loads((run / "result.json").read_text())["status"] == "done"
     for side in ("before", "after"):
         assert set(result[side]["pass@1"]) >= {"value", "ci95", "chance"}
+        assert set(result[side]) >= {"pass@2", "greedy", "entropy_nats"}
     assert len(result["gain"]["ci95"]) == 2
-    from transformers import AutoModelForCausalLM
+    assert result["controls"]["base, greedy"]["gain"]["ci95"]
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "trajectories", "checkpoints", "model"} <= {
+        p.name for p in run.iterdir()
+    }
+    stored = list(TrajectoryStore(run / "trajectories"))
+    assert len(stored) == 2 * 9 * 4  # two rounds of nine questions, four samples each; rejected ones are kept too
+    assert {t.verdict.status for t in stored if t.verdict} == {"accept", "reject"}
+    assert all((t.weight != 0) == (t.verdict is not None and t.verdict.is_accepted) for t in stored)
+    base, trained = weights(tiny_folder), weights(run / "model")
+    assert max(float((base[k] - trained[k]).abs().max()) for k in base) > 1e-4
 
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    moved = [float((a - b).abs().max()) for a, b in zip(trained.parameters(), base.parameters(), strict=True)]
-    assert max(moved) > 1e-4
+
+def test_training_questions_are_not_evaluated_on(tmp_path: Path, tiny_folder: Path) -> None:
+    run = tmp_path / "run"
+    job(rejection(tmp_path, tiny_folder, rounds=1))()
+    trained = {t.task_hash for t in TrajectoryStore(run / "trajectories")}
+    measured = {t.task_hash for t in TrajectoryStore(run / "evaluation" / "trajectories")}
+    assert len(trained) == 9 and len(measured) == 3 and not trained & measured
+
+
+def test_sft_lowers_the_loss_and_the_model_loads_and_speaks(tmp_path: Path, tiny_folder: Path) -> None:
+    result = job(demonstrations(tmp_path, tiny_folder))()
+    log = metrics(tmp_path / "run")
+    assert log[-1]["train/loss"] < 0.5 * log[0]["train/loss"]
+    assert result["counts"]["steps"] == len(log) == 8 * 3
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer.chat_template and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id != tokenizer.eos_token_id
+
+
+def test_lora_trains_adapters_and_saves_a_merged_model(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = demonstrations(tmp_path, tiny_folder)
+    settings["model"] |= {"lora": {"r": 4, "alpha": 8}}
+    job(settings)()
+    base, merged = weights(tiny_folder), weights(tmp_path / "run" / "model")
+    assert base.keys() == merged.keys()
+    moved = {k for k in base if not torch.equal(base[k], merged[k])}
+    assert moved and all("proj" in k for k in moved)
+
+
+@pytest.mark.parametrize("stop_at", [1, 9, 21, 37, 60])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, tiny_folder: Path, stop_at: int) -> None:
+    job(rejection(tmp_path, tiny_folder, "whole", saving={"every_steps": 2}))()
+    stop = StopRequest()
+    settings = rejection(tmp_path, tiny_folder, "cut", saving={"every_steps": 2})
+    with pytest.raises(Interrupted):
+        job(settings, stop=stop, progress=StopAfter(stop, stop_at))()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_stopped_while_training_saves_at_once(tmp_path: Path, tiny_folder: Path) -> None:
+    job(demonstrations(tmp_path, tiny_folder, "whole"))()
+    stop = StopRequest()
+    cut = job(demonstrations(tmp_path, tiny_folder, "cut"), stop=stop)
+    write = cut.run.log_metrics
+
+    def stop_after_five(record: dict[str, Any]) -> None:
+        write(record)
+        if record["step"] == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    cut.run.log_metrics = stop_after_five  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="SIGTERM after step 5"):
+        cut()
+    assert len(metrics(tmp_path / "cut")) == 5
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, tiny_folder: Path) -> None:
+    job(demonstrations(tmp_path, tiny_folder, "whole"))()
+    settings = demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3, "keep": 3})
+    stop = StopRequest()
+    cut = job(settings, stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == 10 else None)  # type: ignore
+    with pytest.raises(Interrupted):
+        cut()
+    newest = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))[-1]
+    blob = newest / "model" / "model.safetensors"
+    blob.write_bytes(blob.read_bytes()[:-5] + b"wrong")
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    events = [json.loads(x) for x in (tmp_path / "cut" / "events.jsonl").read_text().splitlines()]
+    assert [e["checkpoint"] for e in events if e["event"] == "damaged_checkpoint"] == [newest.name]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_all_checkpoints_damaged_is_an_error_that_says_so(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3})
+    stop = StopRequest()
+    cut = job(settings, stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == 7 else None)  # type: ignore
+    with pytest.raises(Interrupted):
+        cut()
+    for folder in (tmp_path / "cut" / "checkpoints").glob("step-*"):
+        (folder / "state.json").write_text("{")
+    config, folder = config_of(tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints .* are damaged, the newest because state.json"):
+        Job(config, folder, is_resume=True)()
+
+
+def test_restarting_from_base_trains_each_round_from_the_first_weights(tmp_path: Path, tiny_folder: Path) -> None:
+    """Both arms draw the same from the base model; the second round's first loss tells whose weights it began with."""
+    losses = {}
+    for start in ("base", "previous"):
+        settings = rejection(tmp_path, tiny_folder, start, start_from=start, draw_from="base", rounds=2)
+        settings["train"] |= {"lr": 1e-3, "batch_size": None, "epochs": 12, "schedule": "constant", "warmup": 0.0}
+        job(settings)()
+        losses[start] = [m["train/loss"] for m in metrics(tmp_path / start)]
+    assert losses["base"][:12] == losses["previous"][:12]
+    assert losses["base"][11] < losses["base"][0] - 0.2  # it learns
+    assert losses["previous"][12] < losses["base"][12] - 0.2  # and what it learned is gone where rounds restart
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def test_nothing_accepted_stops_the_run_with_the_reasons(tmp_path: Path, tiny_folder: Path) -> None:
+    write_verifier(tmp_path, "False")
+    with pytest.raises(DataError, match=r"nothing to train on. Of 36 trajectories 0 were accepted.*36 x 'by rule'"):
+        job(rejection(tmp_path, tiny_folder))()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path, tiny_folder: Path) -> None:
+    job(demonstrations(tmp_path, tiny_folder, train={"epochs": 1}))()
+    with pytest.raises(ConfigError, match=r"already holds a run\. Continue it with `tutelage resume"):
+        job(demonstrations(tmp_path, tiny_folder))
+
+
+def test_bad_records_are_quarantined_and_counted(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "c"\n{"messages": []}\n{"prompt": "d", "completion": "e"}\n'
+    )
+    result = job(demonstrations(tmp_path, tiny_folder, train={"epochs": 1}))()
+    assert result["counts"]["quarantined"] == 2
+    bad = [json.loads(x) for x in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [b["line"] for b in bad] == [2, 3] and all(b["reason"] for b in bad)
+
+
+def test_a_conversation_too_long_is_an_error_with_its_place_unless_told_otherwise(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    (tmp_path / "chat.jsonl").write_text(
+        json.dumps({"prompt": "a", "completion": "b"}) + "\n" + json.dumps({"prompt": "c", "completion": "d" * 300})
+    )
+    data = {"path": str(tmp_path / "chat.jsonl"), "max_length": 100}
+    with pytest.raises(DataError, match=r"chat.jsonl:2: a sample must have at most 100 tokens, got 3\d\d"):
+        job(demonstrations(tmp_path, tiny_folder, data=data))()
+    result = job(demonstrations(tmp_path, tiny_folder, "drop", data=data | {"overlong": "drop"}, train={"epochs": 1}))()
+    assert result["counts"]["quarantined"] == 1
+
+
+def test_a_wrong_model_path_names_what_there_is(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = demonstrations(tmp_path, tiny_folder)
+    settings["model"]["name"] = str(tiny_folder.parent / "tinny")
+    with pytest.raises(ConfigError, match=r"no such folder.*did you mean .*tiny\?"):
+        job(settings)()
+
+
+def test_verifier_code_outside_the_folder_is_named_and_asked_for(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = rejection(tmp_path, tiny_folder)
+    del settings["verifier"]["allow_code_outside"]
+    with pytest.raises(ConfigError, match=r"judge.py"):
+        job(settings)()
+    asked: list[str] = []
+    job(settings | {"run_dir": str(tmp_path / "asked")}, confirm=lambda message: bool(asked.append(message)) or True)()
+    assert len(asked) == 1 and "judge.py" in asked[0]

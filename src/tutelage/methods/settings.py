@@ -63,8 +63,6 @@ class DataSettings(Settings):
     """An unreadable record goes to `quarantine.jsonl` with file, line and reason; or stops the run."""
     limit: Positive | None = None
     """Use only the first this many records."""
-    heldout: int = Field(0, ge=0)
-    """Keep this many records out of training, chosen by seed, to report the loss on."""
 
 
 class TaskSettings(Settings):
@@ -146,8 +144,6 @@ class RolloutSettings(Settings):
     """Completions decoded together."""
     chunk_rows: Positive = 1024
     """Completions committed together: what a kill can cost."""
-    workers: int = Field(0, ge=0)
-    """Processes that sample, one thread each; 0 samples in this process with all threads."""
 
     @model_validator(mode="after")
     def _varied(self) -> "RolloutSettings":
@@ -161,6 +157,8 @@ class KeepSettings(Settings):
 
     min_score: float | None = None
     """Keep what scores at least this instead of what the verdict accepts."""
+    drop_truncated: bool = True
+    """Never keep a completion that ran into the token limit."""
     drop_all_correct: bool = False
     """Leave out prompts whose every sample was accepted, from the second round on."""
     distinct: Literal["text", "key"] | None = "text"
@@ -225,8 +223,6 @@ class EvaluationSettings(Settings):
     """Worked examples in the prompt of that control."""
     seed: int = 1234
     """Of the evaluation's samples and intervals: the same for every model compared."""
-    every_round: bool = False
-    """Evaluate after each round as well."""
 
     @model_validator(mode="after")
     def _enough(self) -> "EvaluationSettings":

@@ -355,6 +355,7 @@ class Workbench:
     def keep(self, settings: KeepSettings) -> Keep:
         return Keep(
             min_score=settings.min_score,
+            drop_truncated=settings.drop_truncated,
             drop_all_correct=settings.drop_all_correct,
             distinct=settings.distinct,
             best_of=settings.best_of,

@@ -19,7 +19,8 @@ class Keep:
     drop_truncated: bool = True
     """Never keep a completion that ran into the token limit: its end was not the author's choice."""
     drop_all_correct: bool = False
-    """Leave out prompts whose every valid sample was accepted: they have nothing to teach and narrow the policy."""
+    """From the second round on, leave out prompts whose every valid sample was accepted: they have little to teach
+    and narrow the policy."""
     distinct: Literal["text", "key"] | None = "text"
     """Keep one of each text, or of each solution by the verifier's own key."""
     best_of: int | None = None
@@ -57,7 +58,7 @@ class Accepted:
         return replace(out, stats={**out.stats, **keep_stats(out)})
 
     def _mark(self, group: Group, ctx: DrawContext) -> list[Trajectory]:
-        marks = keep_marks(group, self.keep)
+        marks = keep_marks(group, self.keep if ctx.round else replace(self.keep, drop_all_correct=False))
         if self.keep.random_budget:
             marks = _random_marks(group, marks, seed_for(ctx.seed, ctx.stage, ctx.round, group.task.hash, "budget"))
         return [t if mark is None else t.marked(mark) for t, mark in zip(group.trajectories, marks, strict=True)]

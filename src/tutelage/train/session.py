@@ -7,7 +7,7 @@ from their committed chunks, orders and samples from their seeds, logs are cut t
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,10 +170,12 @@ class Session:
             self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.author != "recorded")
             fields = {"stage": self.cursor.stage, "round": self.cursor.round, "trajectories": len(draw), **draw.stats}
             self.run.log_event("draw", fields)
-            if draw.is_on_policy:
+            if draw.is_on_policy and stage.draw_from == "current":
                 self._check_logprob_gap(draw)
         self.times_s["draw"] += time.perf_counter() - started
-        return draw
+        # Sampled by other weights than those that are trained: on-policy data perhaps, but no on-policy update.
+        is_same = stage.draw_from == "current" and stage.start_from == "previous"
+        return replace(draw, is_on_policy=draw.is_on_policy and is_same)
 
     def _check_logprob_gap(self, draw: Draw) -> None:
         """The sampler's log-probabilities against the trainer's own on the same tokens."""

@@ -116,7 +116,7 @@ class Trainer:
                 batch = batch.with_columns(signal.annotate(batch))
             loss, stats = self.policy(batch, signal.loss, divisor=divisor, stats_fn=target_stats)
             loss.backward()
-            sums["loss"] += float(loss)
+            sums["loss"] += loss.item()
             sums["tokens"] += sum(r.trajectory.num_tokens for r in part)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + float(value)

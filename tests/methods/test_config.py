@@ -1,0 +1,113 @@
+"""Settings: every problem at once, the nearest known key, and every shipped config loads."""
+
+from pathlib import Path
+
+import pytest
+
+from tutelage.cli.runs import demo_settings
+from tutelage.errors import ConfigError
+from tutelage.methods import METHODS
+from tutelage.methods.config import RunConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+SFT = {"method": "sft", "data": {"path": "x.jsonl"}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("**/*.yaml")), ids=lambda p: p.name)
+def test_every_example_config_loads(path: Path) -> None:
+    config, folder = load_config(path)
+    assert config.stages and folder == path.parent
+
+
+def test_the_demo_config_loads() -> None:
+    config, _ = load_config(demo_settings())
+    assert config.stages[0].method == "rejection_sampling"
+
+
+def test_unknown_keys_name_the_nearest_known_and_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("method: sft\ndata:\n  path: x\n  pth: y\ntrain:\n  learning_rate: 1e-5\nsede: 3\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    text = str(error.value)
+    assert 'unknown key "data.pth" (did you mean "data.path"?)  in run.yaml:4' in text
+    assert 'unknown key "train.learning_rate" (did you mean "train.lr"?)  in run.yaml:6' in text
+    assert 'unknown key "sede" (did you mean "seed"?)  in run.yaml:7' in text
+    assert len(error.value.problems) == 3
+
+
+def test_missing_and_wrong_values_are_told_together() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config({"method": "sft", "train": {"epochs": 0}, "seed": "many"})
+    text = str(error.value)
+    assert '"data" is missing: Demonstrations.' in text
+    assert '"train.epochs": input should be greater than or equal to 1, got 0' in text
+    assert '"seed"' in text and "'many'" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "method is missing: which of"),
+        ({"method": "stf"}, r"method 'stf' is unknown \(did you mean 'sft'\?\)"),
+        ({"stages": []}, "stages must name at least one stage"),
+        ({"stages": [SFT, SFT]}, "stage names must differ: 'sft' is there 2 times"),
+        (SFT | {"evaluation": {"n": 4, "ks": [1, 8]}}, r"asks for pass@8 but evaluation.n is 4: raise n"),
+        (
+            {"method": "rejection_sampling", "tasks": {"kind": "gsm8k"}, "verifier": {"kind": "last_number"}},
+            "tasks.kind=gsm8k needs tasks.path",
+        ),
+    ],
+)
+def test_contradictions_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(settings)
+
+
+def test_command_line_wins_over_file_and_reads_numbers() -> None:
+    config, _ = load_config(SFT, ["train.lr=1e-5", "seed=7", "model.lora.r=4", "data.overlong=drop"])
+    stage = config.stages[0]
+    assert stage.train.lr == 1e-5 and config.seed == 7 and config.model.lora.r == 4 and stage.data.overlong == "drop"
+    plan, _ = load_config({"stages": [SFT]}, ["stages.0.train.epochs=5"])
+    assert plan.stages[0].train.epochs == 5
+    with pytest.raises(ConfigError, match="have the form key=value"):
+        load_config(SFT, ["train.lr"])
+    with pytest.raises(ConfigError, match=r"stages has 1 entries; '3' is none of them"):
+        load_config({"stages": [SFT]}, ["stages.3.train.epochs=5"])
+
+
+def test_a_missing_config_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*run.yaml"):
+        load_config(tmp_path / "rum.yaml")
+
+
+def test_settings_are_frozen() -> None:
+    config, _ = load_config(SFT)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+def keys(model: type, prefix: str = "") -> set[str]:
+    out = set()
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields")]
+        out |= keys(inner[0], f"{prefix}{name}.") if inner else {prefix + name}
+    return out
+
+
+def test_every_setting_says_what_it_is() -> None:
+    def undocumented(model: type, prefix: str) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            inner = [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields")]
+            if inner:
+                found += undocumented(inner[0], f"{prefix}{name}.")
+            elif not field.description and name != "method":
+                found.append(prefix + name)
+        return found
+
+    missing = undocumented(RunConfig, "") + [k for m in METHODS.values() for k in undocumented(m.settings, "")]
+    assert missing == []
