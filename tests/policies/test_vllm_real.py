@@ -19,7 +19,7 @@ from tutelage.errors import MissingExtra, SamplerError
 from tutelage.policies.http import HttpClient
 from tutelage.policies.smollm2 import smollm2_path
 from tutelage.policies.vllm_launch import vllm_python
-from tutelage.policies.vllm_server import VLLMSampler, VLLMScorer, launch_server
+from tutelage.policies.vllm_server import VLLMSampler, VLLMScorer, VLLMServer, launch_server
 from tutelage.types import SampleRequest, SamplingParams, Span, Trajectory
 
 DATA = Path(__file__).parent / "data_vllm"
@@ -38,7 +38,7 @@ def _missing():
 
 pytestmark = [
     pytest.mark.peer,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(_missing() is not None, reason=f"no real vLLM server: {_missing()}"),
 ]
 
@@ -73,7 +73,13 @@ def model():
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     with launch_server(
-        smollm2_path(), max_model_len=512, cpu_threads=2, cpu_cache_gb=1, log=folder / "log", weights_dir=folder / "w"
+        smollm2_path(),
+        max_model_len=512,
+        cpu_threads=1,
+        cpu_cache_gb=1,
+        start_s=900,
+        log=folder / "log",
+        weights_dir=folder / "w",
     ) as server:
         group = server.process._process.pid
         yield server
@@ -133,7 +139,7 @@ def perturbed(model, scale):
 
 
 def test_greedy_tokens_are_the_models_own(server, tokenizer, prompts, model):
-    params = SamplingParams(temperature=0, max_new_tokens=24)
+    params = SamplingParams(temperature=0, max_new_tokens=16)
     answers = sampler_of(server, tokenizer).sample([SampleRequest(prompt_ids=p, n=1, seed=0) for p in prompts], params)
     gaps, num_equal = [], 0
     for prompt, (c,) in zip(prompts, answers, strict=True):
@@ -149,7 +155,7 @@ def test_greedy_tokens_are_the_models_own(server, tokenizer, prompts, model):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.8)])
 def test_stored_logprobs_are_of_the_shaped_distribution(server, tokenizer, prompts, model, temperature, top_p):
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=24)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=16)
     answers = sampler_of(server, tokenizer).sample([SampleRequest(prompt_ids=p, n=2, seed=7) for p in prompts], params)
     errors, unshaped, outside = [], [], 0
     for prompt, completions in zip(prompts, answers, strict=True):
@@ -185,7 +191,8 @@ def test_scores_and_top_k_match_a_forward_pass(server, prompts, model):
         overlap = [len(set(a) & set(b)) / 16 for a, b in zip(top.ids_CK.tolist(), best.tolist(), strict=True)]
         assert np.mean(overlap) > 0.9
         want_k = logprobs.gather(1, torch.from_numpy(top.ids_CK).long()).numpy()
-        assert np.abs(top.logprobs_CK - want_k).mean() < 0.06
+        assert np.abs(top.logprobs_CK - want_k).mean() < 0.15  # bf16 logits: steps of 1/16 and more, in the tail too
+        assert np.abs(np.exp(top.logprobs_CK) - np.exp(want_k)).sum(-1).mean() < 0.05
         assert (np.diff(top.logprobs_CK) <= 0).all()
     with pytest.raises(SamplerError, match="64"):
         scorer.top_k(rows[:1], 65)
@@ -240,6 +247,7 @@ def test_recorded_exchange(record, server, tokenizer, prompts, model):
     """Writes `data_vllm/exchange.json.gz` when asked to: the answers, and what transformers says of the same tokens."""
     if record is None:
         pytest.skip("set TUTELAGE_RECORD_VLLM=1 to record")
+    server = VLLMServer(server.url)  # nothing remembered, so everything is asked
     requests = [SampleRequest(prompt_ids=p, n=2, seed=i) for i, p in enumerate(prompts)]
     answers = []
     settings = [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0.0}, {"stop": ("is",)}]
