@@ -74,7 +74,7 @@ def target_rows(draw):
 
 
 @given(rows=st.lists(target_rows(), max_size=6), layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_every_target_keeps_its_context_id_and_columns(rows, layout):
     batch = collate(rows, layout=layout[0], side=layout[1], pad_id=0, dtype=torch.float64)
     expected = literal_targets(rows)
@@ -91,7 +91,7 @@ def test_every_target_keeps_its_context_id_and_columns(rows, layout):
 
 
 @given(rows=st.lists(target_rows(), min_size=1, max_size=6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_layouts_hold_the_same_targets_in_the_same_order(rows):
     batches = [collate(rows, layout=la, side=s) for la, s in LAYOUTS]
     for other in batches[1:]:

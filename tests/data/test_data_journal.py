@@ -152,6 +152,8 @@ KILL = """
     from tutelage.data import files, journal, store
     from tutelage.data.journal import Journal
     dead = lambda *_, **__: os._exit(9)
+    from tutelage.data.rows import encode, to_row
+    encode(to_row(simple(0)))  # whatever is imported late is imported before the processes part
     for when in ("turned", "shard", "manifest", "unlink"):
         child = os.fork()
         if child == 0:

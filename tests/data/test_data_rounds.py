@@ -72,6 +72,8 @@ KILL = """
     from data_samples import drawn
     from tutelage.data import files
     from tutelage.data.rounds import RoundStore
+    from tutelage.data.rows import encode, to_row
+    encode(to_row(drawn(0)))  # whatever is imported late is imported before the processes part
     for when in ("fsync", "replace", "after"):
         child = os.fork()
         if child == 0:

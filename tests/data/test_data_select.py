@@ -90,7 +90,7 @@ def literal(trajectories, r):
 
 
 @given(trajectories=st.lists(SAMPLES, max_size=14), rules=RULES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_rules_do_what_they_say(trajectories, rules):
     chosen = select(trajectories, rules)
     assert chosen.is_kept.nonzero()[0].tolist() == literal(trajectories, rules)

@@ -104,7 +104,7 @@ def write(path, n=10, **kwargs):
 
 
 @given(batch=st.lists(TRAJECTORIES, min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_trajectory_comes_back_to_the_bit(batch):
     for t in batch:
         (arrow,) = decode(encode(to_row(t)))
