@@ -324,7 +324,7 @@ def test_compare_refuses_other_tasks_and_counts_tasks_without_a_value():
 def test_controls_carry_their_own_value_and_the_gain_over_each():
     tasks = make_tasks([str(i) for i in range(8)])
     base = run(Scripted(half_right), tasks)
-    trained = run(Scripted(lambda task_id, j: task_id[-1]), tasks)
+    trained = run(Scripted(lambda task_id, j: task_id[-1] if j >= 0 else "x"), tasks)  # samples right, greedy wrong
     table = compare_controls(trained, {"base": (base, "pass@1"), "base greedy": (base, "greedy")})
     assert table["base greedy"]["value"] == pytest.approx(0.5)
     assert table["base greedy"]["gain"]["value"] == pytest.approx(0.5)
