@@ -243,7 +243,7 @@ class LogitCache:
 
 
 def n_within(mean_kl: float | None) -> bool | None:
-    """Whether the cache is as near the teacher as it aims to be on peaked distributions; None where none was checked."""
+    """Whether the cache is as near the teacher as it aims to be on peaked distributions; None if unknown."""
     return None if mean_kl is None else mean_kl < _AIM
 
 

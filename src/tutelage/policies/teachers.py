@@ -97,6 +97,7 @@ class InProcessTeacher:
         self.num_scored_tokens += batch.num_tokens
         with self._in_use():
             hidden_NE: Tensor = self.policy.target_hidden(batch if here == device else batch.to(device))
+        self.policy.use_plain_attention()  # others may call the same model next
         return hidden_NE.to(here)
 
     # -- whole draws ---------------------------------------------------------------------------
@@ -433,7 +434,7 @@ def check_stop_ids(student: Sequence[int], teacher: Sequence[int]) -> None:
 
 
 def load_teacher(
-    name: str, *, dtype: str = "bfloat16", device: str = "cpu", quantise: str | None = None, **options: Any
+    model: str, *, dtype: str = "bfloat16", device: str = "cpu", quantise: str | None = None, **options: Any
 ) -> InProcessTeacher:
     """A teacher by path or hub name.
 
@@ -445,16 +446,16 @@ def load_teacher(
         ConfigError: the model cannot be loaded. MissingExtra: bitsandbytes is not installed.
     """
     if quantise is None:
-        return InProcessTeacher(load_model(name, dtype=dtype, device=device), **{"name": name, **options})
+        return InProcessTeacher(load_model(model, dtype=dtype, device=device), **{"name": model, **options})
     if quantise not in ("4bit", "8bit"):
         raise ConfigError(f'quantise must be "4bit", "8bit" or absent, got {quantise!r}')
     if find_spec("bitsandbytes") is None:
         raise MissingExtra(f"a {quantise} teacher needs bitsandbytes, which is not installed: pip install bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    path, revision = resolve_model(name)
+    path, revision = resolve_model(model)
     config = BitsAndBytesConfig(load_in_4bit=quantise == "4bit", load_in_8bit=quantise == "8bit")
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         quantization_config=config,
@@ -463,4 +464,4 @@ def load_teacher(
         trust_remote_code=False,
         use_safetensors=True,
     )
-    return InProcessTeacher(model, **{"name": name, **options})
+    return InProcessTeacher(loaded, **{"name": model, **options})
