@@ -209,16 +209,28 @@ def test_sides_are_disjoint_distinct_and_fit_together_whatever_the_size(name):
     assert len({t.id for t in heldout + large}) == 160
 
 
+def test_in_a_large_set_the_swapped_form_of_a_held_out_question_is_left_out():
+    settings = {"config": TWO_DIGITS, "heldout": 40}
+    train, heldout = (
+        gym("chain_sum", size, split=split, canonical="commutative_terms", **settings)
+        for size, split in ((4000, "train"), (40, "heldout"))
+    )
+    assert not {swapped(t) for t in train} & {swapped(t) for t in heldout}
+    careless = gym("chain_sum", 4000, **settings)
+    forms = {commutative_terms(t.metadata["reasoning_gym"]["entry"]) for t in careless}
+    assert forms & {swapped(t) for t in heldout}
+
+
 def test_equal_seeds_give_equal_tasks_and_neighbouring_seeds_share_few():
-    first = gym("chain_sum", 100, config=TWO_DIGITS, seed=1)
-    assert gym("chain_sum", 100, config=TWO_DIGITS, seed=1) == first
+    first = gym("chain_sum", 800, config=TWO_DIGITS, seed=1)
+    assert gym("chain_sum", 800, config=TWO_DIGITS, seed=1) == first
     import reasoning_gym
 
     def plain(seed):
         return {x["question"] for x in reasoning_gym.create_dataset("chain_sum", seed=seed, size=100, **TWO_DIGITS)}
 
     assert len(plain(1) & plain(2)) >= 95  # what the package does
-    assert len(questions(first) & questions(gym("chain_sum", 100, config=TWO_DIGITS, seed=2))) < 10
+    assert len(questions(first) & questions(gym("chain_sum", 800, config=TWO_DIGITS, seed=2))) < 100  # of 16,200
 
 
 def test_tasks_hold_what_the_grader_needs():

@@ -75,6 +75,10 @@ def patch():
 
 def is_clean(): return "tests_state" not in sys.modules and not os.listdir(".") and json.dumps(1) == "1"
 
+def wait_for_beat(path):
+    while not (os.path.exists(path) and os.path.getsize(path)): time.sleep(0.005)
+    return True
+
 def heartbeat(path):
     if os.fork() == 0:
         os.setsid()
@@ -82,14 +86,12 @@ def heartbeat(path):
             while True:
                 open(path, "a").write("x"); time.sleep(0.005)
         os._exit(0)
-    while not os.path.exists(path): time.sleep(0.005)
-    return True
+    return wait_for_beat(path)
 
 def popen(path):
     code = "import sys,time\\nwhile 1: open(sys.argv[1],'a').write('x'); time.sleep(0.005)"
     subprocess.Popen([sys.executable, "-c", code, path], start_new_session=True)
-    while not os.path.exists(path): time.sleep(0.005)
-    return True
+    return wait_for_beat(path)
 
 def fork_bomb():
     while True:
@@ -392,6 +394,7 @@ def test_threads_share_a_verifier(tmp_path):
 def test_a_verifier_can_be_pickled_and_forked(tmp_path):
     with verifier(tmp_path) as v:
         v.judge(task(), [said("good")])
+        parents = v.pool.pids()
         with pickle.loads(pickle.dumps(v)) as copy:
             assert copy.pool.pids() == []
             assert copy.judge(task(), [said("good")])[0].is_accepted
@@ -400,12 +403,15 @@ def test_a_verifier_can_be_pickled_and_forked(tmp_path):
         if pid == 0:
             code = 1
             try:
-                code = 0 if v.pool.pids() == [] and v.judge(task(), [said("good")])[0].is_accepted else 2
+                has_none = v.pool.pids() == []
+                is_judged = v.judge(task(), [said("good")])[0].is_accepted
+                code = 0 if has_none and is_judged and v.pool.pids() and v.pool.pids() != parents else 2
                 v.close()
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert v.judge(task(), [said("good")])[0].is_accepted
+        assert v.pool.pids() == parents
 
 
 def test_closing_leaves_no_process_no_descriptor_and_no_folder(tmp_path):
@@ -438,7 +444,7 @@ def test_workers_die_with_the_process_that_has_them(tmp_path, use_namespace):
     (tmp_path / "hostile.py").write_text(HOSTILE)
     (tmp_path / "main.py").write_text(
         f"""
-import threading, time
+import os, threading, time
 from tutelage.verifiers import PythonVerifier
 from tutelage.types import Task, Trajectory
 v = PythonVerifier(function="hostile.py:judge", workers=1, limits={{"time_s": 60.0}})
@@ -448,18 +454,23 @@ said = lambda c: Trajectory(id="x", task_id="t", task_hash="h", spans=(), comple
 v.judge(t, [said("good")])
 threading.Thread(target=v.judge, args=(t, [said("nap")]), daemon=True).start()
 time.sleep(0.3)
-print(*v.pool.pids(), flush=True)
-time.sleep(60)
+holder = os.fork()  # keeps copies of the pipes, so that their ends are never seen
+if holder:
+    print(*v.pool.pids(), holder, flush=True)
+time.sleep(30)
 """
     )
     main = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    worker = int(main.stdout.readline())
+    worker, holder = map(int, main.stdout.readline().split())
     pids = [worker, *pool_module._descendants(worker)]
     assert len(pids) == 3
     main.kill()
     main.wait()
     main.stdout.close()
-    wait_for(lambda: all(map(is_gone, pids)))
+    try:
+        wait_for(lambda: all(map(is_gone, pids)))
+    finally:
+        os.kill(holder, signal.SIGKILL)
 
 
 def test_environment_has_no_secrets_but_what_is_passed(tmp_path, monkeypatch):

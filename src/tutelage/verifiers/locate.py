@@ -42,7 +42,7 @@ def locate_function(function: str, root: Path, *, allow_outside: bool = False) -
     if not allow_outside and not _is_own(file, root.resolve()):
         raise ConfigError(
             f"function {function!r} would run code from outside the project: {file} is not in {root}. If you trust "
-            "that file, set allow_outside_code=true beside it"
+            "that file, set allow_code_outside: true in the verifier's settings (in Python, allow_outside_code=True)"
         )
     _check_function(file, name, function)
     target = f"{file}:{name}" if source.endswith(".py") else f"{source}:{name}"

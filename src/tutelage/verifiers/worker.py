@@ -193,6 +193,7 @@ class Server:
             os.close(down[0])
             os.close(up[1])
             return pid, Channel(up[0], down[1])
+        leave = os._exit  # judged code may put something else in its place
         try:
             os.setsid()
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -207,9 +208,10 @@ class Server:
             else:
                 while (request := channel.receive()) is not None:
                     channel.send(self.run(request["payload"], request["token"], is_hard=False))
-            os._exit(0)
+            leave(0)
         except BaseException:  # nothing may return into the server's stack from a child
-            os._exit(70)
+            leave(70)
+        raise AssertionError("a child never returns")
 
     def run(self, payload: Any, token: str, *, is_hard: bool) -> dict[str, Any]:
         used = resource.getrusage(resource.RUSAGE_SELF)
