@@ -165,6 +165,13 @@ def test_a_passing_fault_changes_nothing(fake, fault):
     assert sampler_of(server_of(fake)).sample(request, params) == expected
 
 
+def test_a_server_that_fails_its_first_question_is_revived(fake):
+    fake.faults = ["drop"] * FAST.attempts
+    params = SamplingParams(temperature=0.5, max_new_tokens=4)
+    answers = sampler_of(server_of(fake)).sample([SampleRequest(prompt_ids=(0, 1), n=2, seed=3)], params)
+    assert len(answers[0]) == 2
+
+
 def test_a_dead_server_stops_the_round(fake):
     fake.faults = [None] * 5
     fake.always = "drop"

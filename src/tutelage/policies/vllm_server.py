@@ -118,7 +118,12 @@ class VLLMSampler:
 
     def _check_shaped(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         for server in self.servers:
-            if not server.stores_shaped_logprobs(prompt_ids):
+            try:
+                is_shaped = server.stores_shaped_logprobs(prompt_ids)
+            except Unreachable:
+                server.revive()
+                is_shaped = server.stores_shaped_logprobs(prompt_ids)
+            if not is_shaped:
                 raise ConfigError(
                     f"temperature {params.temperature} and top_p {params.top_p} shape what is sampled, but "
                     f"{server.url} reports log-probabilities of the unshaped distribution, so what is stored would "
