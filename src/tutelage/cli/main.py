@@ -27,8 +27,9 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes: run verifier
 
 
 def console(is_json: bool = False) -> Console:
-    """Messages go to stderr where stdout carries JSON."""
-    return Console(stderr=is_json, highlight=False)
+    """Messages go to stderr where stdout carries JSON. In a file or pipe lines are not folded at 80 columns."""
+    out = Console(stderr=is_json, highlight=False)
+    return out if out.is_terminal else Console(stderr=is_json, highlight=False, width=120)
 
 
 @app.command()

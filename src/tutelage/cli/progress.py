@@ -8,6 +8,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 
+QUIET_S = 1.0
+"""Work shorter than this leaves no line behind."""
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -63,7 +67,7 @@ class TerminalProgress:
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._what:
+        if self._what and time.monotonic() - self._started >= QUIET_S:
             seconds = time.monotonic() - self._started
             rate = f", {self._done / seconds:.1f} {self._unit}/s" if seconds > 0 else ""
             self.console.print(f"  {self._what}: {self._done} {self._unit} in {seconds:.1f} s{rate}")

@@ -181,7 +181,8 @@ def _before_after(result: Mapping[str, Any]) -> Table:
 
 
 def _controls(result: Mapping[str, Any]) -> Table:
-    table = Table("control", "value", "95%", "chance", "trained pass@1 minus control", "95%", title="Controls")
+    columns = ("control", "value", "95%", "chance", "trained ahead by", "95%")
+    table = Table(*columns, title="Controls: what else could explain it (trained pass@1 minus control)")
     for name, c in result["controls"].items():
         gain = c["gain"]
         chance = "" if c.get("chance") is None else f"{c['chance']:.3f}"

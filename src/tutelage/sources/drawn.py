@@ -71,8 +71,6 @@ class Drawn:
         self.position += self.per_round
         chunks = [range(s, min(s + self.chunk_prompts, len(chosen))) for s in range(0, len(chosen), self.chunk_prompts)]
         store = RoundStore(ctx.store / "drawn") if ctx.store else None
-        if ctx.progress:
-            ctx.progress.start(f"sampling {len(chosen)} prompts x {self.n}", len(chosen) * self.n, "samples")
         started = time.perf_counter()
         done: dict[int, list[Trajectory]] = {}
         sampler: Sampler | None = None
@@ -84,13 +82,9 @@ class Drawn:
                 kept = self._sample(ctx, sampler, chosen, chunks[index], base)
                 if store:
                     store.commit(index, kept)
-            elif ctx.progress:
-                ctx.progress.advance(len(kept))
             done[index] = kept
         if ctx.processes is not None:
             done = ctx.processes.gather_dict(done)
-        if ctx.progress:
-            ctx.progress.finish()
         by_prompt: list[list[Trajectory]] = [[] for _ in chosen]
         for index in range(len(chunks)):
             for t in done[index]:

@@ -220,6 +220,9 @@ class Session:
             self.run.log_event("targets", {"round": self.cursor.round, "divisor": targets.divisor, **targets.stats})
         if any(r.is_trained for r in targets.rows):
             self._empty_rounds = 0
+            total = len(self.trainer.batches(targets.rows, stage.trainer, self.place(stage)))
+            self.progress.inner.start(f"training, round {self.cursor.round + 1} of {stage.rounds}", total, "updates")
+            self.progress.inner.advance(self.cursor.step)
             return targets
         self._empty_rounds += 1
         verdicts = [t.verdict for t in draw if t.verdict is not None]
@@ -272,6 +275,7 @@ class Session:
         self.times_s["train"] += record.metrics.get("time/step_s", 0.0)
         place = {"stage": record.stage, "round": self.cursor.round, "step": self.cursor.total_steps}
         self.run.log_metrics({**place, **record.metrics})
+        self.progress.inner.advance(1, loss=record.metrics.get("train/loss", 0.0))
         stopping = self.trainer.processes.any(self.stop.is_set)
         if stopping or self._is_time_to_save():
             self.save(stage)
@@ -282,6 +286,7 @@ class Session:
 
     def after_round(self, stage: "Stage", draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]) -> bool:
         """Keep the draw, act on the monitors, move the cursor. True ends the stage."""
+        self.progress.inner.finish()
         if self.run.is_writer:
             RoundStore.publish(self.run.trajectories, f"stage{self.cursor.stage}-round{self.cursor.round:05d}", draw)
         should_stop = any(r.should_stop for _, r in reports)
