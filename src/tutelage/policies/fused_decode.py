@@ -152,10 +152,10 @@ class FusedEngine:
         self._pools = RowPools(len(model.model.layers), self._num_keys, self._head_width, model.dtype, model.device)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Take the weights again if they have changed since the last time."""
+    def refresh(self, *, force: bool = False) -> None:
+        """Take the weights again if they have changed since the last time, or if told to."""
         now = weights_fingerprint(self._model)
-        if now == self._fingerprint:
+        if now == self._fingerprint and not force:
             return
         model, batch = self._model, 64
         self._layers = [

@@ -43,8 +43,12 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Forget every row."""
 
-    def refresh(self) -> None:
-        """Take the model's weights as they are now, where the engine keeps its own form of them."""
+    def refresh(self, *, force: bool = False) -> None:
+        """Take the model's weights as they are now, where the engine keeps its own form of them.
+
+        Args:
+            force: also where no change can be seen.
+        """
 
 
 def recompose_order(num_rows: int, leaving: Sequence[int], num_joining: int) -> list[int]:
@@ -100,7 +104,7 @@ class RecomputeEngine:
     def reset(self) -> None:
         self._rows = []
 
-    def refresh(self) -> None:
+    def refresh(self, *, force: bool = False) -> None:
         """The model's own weights are used: nothing to take."""
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -232,7 +236,7 @@ class PlainEngine:
         self._cache = self._template = None
         self._lengths = []
 
-    def refresh(self) -> None:
+    def refresh(self, *, force: bool = False) -> None:
         """The model's own weights are used: nothing to take."""
 
     def _forward(self, new_tokens: list[list[int]], seen: Sequence[int], cache: Any) -> tuple[Tensor, Any]:

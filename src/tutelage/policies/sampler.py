@@ -103,6 +103,15 @@ class InProcessSampler:
         self._engine_choice = engine
         self._prefill_tokens = prefill_tokens
         self._engine: Engine | None = None
+        self._is_stale = False
+
+    def refresh(self) -> None:
+        """Take the weights anew at the next draw, whether or not a change can be seen from here.
+
+        Changes by an optimiser, `load_state_dict` or `parameter.data` are seen without it; writes from another process
+        to shared memory may not be.
+        """
+        self._is_stale = True
 
     @property
     def engine_name(self) -> str | None:
@@ -178,7 +187,8 @@ class InProcessSampler:
         if self._engine is None:
             self._engine = self._choose_engine()
         else:
-            self._engine.refresh()
+            self._engine.refresh(force=self._is_stale)
+        self._is_stale = False
         return self._engine
 
     def _choose_engine(self) -> Engine:

@@ -1,0 +1,211 @@
+"""Sampling in worker processes: the same answers, shared weights, and what happens when somebody dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tutelage.errors import ConfigError, SamplerError
+from tutelage.policies.sampler import InProcessSampler
+from tutelage.policies.sampling_workers import WorkerSampler
+from tutelage.types import Sampler, SampleRequest, SamplingParams
+
+PARAMS = SamplingParams(max_new_tokens=12)
+
+
+def tiny_model(seed=1):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def ask(count=5):
+    return [SampleRequest(prompt_ids=tuple(range(3, 5 + r)), n=3, seed=r) for r in range(count)]
+
+
+def in_process(model):
+    return InProcessSampler(model, stop_ids=[2], decode=str)
+
+
+def ids_of(answers):
+    """Tokens only: the last digit of a log-probability depends on the rows beside it."""
+    return [[c.token_ids for c in group] for group in answers]
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with WorkerSampler(tiny_model(), stop_ids=[2], decode=str, num_workers=2) as sampler:
+        yield sampler
+
+
+def pids(sampler):
+    return [w.process.pid for w in sampler._workers]
+
+
+def test_workers_answer_as_one_process_does(workers):
+    assert isinstance(workers, Sampler)
+    answers = workers.sample(ask(), PARAMS)
+    assert ids_of(answers) == ids_of(in_process(tiny_model()).sample(ask(), PARAMS))
+    assert workers.sample(ask(), PARAMS) == answers
+    assert workers.engine_name == "fused"
+    assert workers.sample([], PARAMS) == []
+    assert ids_of(workers.sample(ask(1), PARAMS)) == ids_of(answers[:1])
+
+
+def test_requests_go_to_workers_by_index(workers):
+    sent = []
+    inner = workers._send
+    workers._send = lambda w, message: sent.append((w, [r.seed for r in message[0]])) or inner(w, message)
+    try:
+        workers.sample(ask(), PARAMS)
+    finally:
+        del workers._send
+    assert sent == [(0, [0, 2, 4]), (1, [1, 3])]
+
+
+def test_loaded_weights_are_the_ones_that_answer(workers):
+    new = tiny_model(seed=9)
+    expected = ids_of(in_process(new).sample(ask(), PARAMS))
+    before = ids_of(workers.sample(ask(), PARAMS))
+    old_version = workers.version
+    workers.load(new.state_dict(), "round-1")
+    assert workers.version == "round-1" != old_version
+    assert ids_of(workers.sample(ask(), PARAMS)) == expected != before
+    one_element = {n: t.clone() for n, t in new.state_dict().items()}
+    one_element["model.norm.weight"][3] = 4.0
+    workers.load(one_element, "round-2")
+    assert ids_of(workers.sample(ask(), PARAMS)) != expected
+    workers.load({n: t for n, t in tiny_model().state_dict().items() if n != "lm_head.weight"}, "base")
+    assert ids_of(workers.sample(ask(), PARAMS)) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.norm.weight"), "missing: model.norm.weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unknown: extra"),
+        (lambda s: s.update({"model.norm.weight": torch.zeros(3)}), "of another shape: model.norm.weight"),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_nothing_changes(workers, change, message):
+    before = workers.sample(ask(), PARAMS)
+    state = dict(tiny_model(seed=4).state_dict())
+    change(state)
+    with pytest.raises(SamplerError, match=message):
+        workers.load(state, "bad")
+    assert workers.version != "bad"
+    assert workers.sample(ask(), PARAMS) == before
+
+
+def test_errors_of_a_worker_keep_their_type_and_name_it(workers):
+    with pytest.raises(ConfigError, match="temperature") as caught:
+        workers.sample(ask(), SamplingParams(temperature=-1))
+    assert "sampling worker" in caught.value.__notes__[0]
+    with pytest.raises(SamplerError, match="vocabulary"):
+        workers.sample([SampleRequest(prompt_ids=(99,), n=1, seed=0)], PARAMS)
+    assert len(workers.sample(ask(), PARAMS)) == 5
+
+
+def test_progress_counts_completions_of_all_workers(workers):
+    class Counted:
+        total, done = 0, 0
+
+        def start(self, what, total, unit):
+            self.total = total
+
+        def advance(self, amount=1, **numbers):
+            self.done += amount
+
+        def finish(self):
+            self.total = -self.total
+
+    counted = Counted()
+    workers.sample(ask(), PARAMS, progress=counted)
+    assert (counted.total, counted.done) == (-15, 15)
+
+
+def test_a_worker_that_dies_is_named_and_replaced(workers):
+    expected = workers.sample(ask(), PARAMS)
+    victim = pids(workers)[1]
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(SamplerError, match=rf"worker 1 of 2 \(process {victim}\) died: signal SIGKILL"):
+        workers.sample(ask(), PARAMS)
+    assert workers.sample(ask(), PARAMS) == expected
+    assert victim not in pids(workers)
+
+
+def test_bfloat16_copies_are_made_of_float32_masters_and_closing_leaves_nothing_behind():
+    model = tiny_model()
+    sampler = WorkerSampler(model, stop_ids=[2], decode=str, num_workers=1, dtype=torch.bfloat16)
+    (pid,), path = pids(sampler), sampler._shared.path
+    got = sampler.sample(ask(), PARAMS)
+    assert is_running(pid) and os.path.exists(path)
+    sampler.close()
+    assert not is_running(pid) and not os.path.exists(path)
+    assert model.lm_head.weight.dtype is torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert got == in_process(model).sample(ask(), PARAMS)
+
+
+def test_what_cannot_be_sent_is_an_error_at_once():
+    with pytest.raises(SamplerError, match="`decode` that can be pickled"):
+        WorkerSampler(tiny_model(), stop_ids=[2], decode=lambda ids: "", num_workers=1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        WorkerSampler(tiny_model(), stop_ids=[2], decode=str, num_workers=0)
+
+
+PARENT = """
+import sys, time, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {folder!r})
+import test_sampler_workers as t
+sampler = t.WorkerSampler(t.tiny_model(), stop_ids=[2], decode=str, num_workers=1)
+print(*t.pids(sampler), sampler._shared.path, flush=True)
+sampler.sample([t.SampleRequest(prompt_ids=(3,), n=10**6, seed=0)], t.PARAMS)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_workers_die_with_a_parent_that_is_killed():
+    code = PARENT.format(folder=os.path.dirname(__file__))
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid, path = parent.stdout.readline().split()
+    try:
+        assert is_running(int(pid))
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while is_running(int(pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(int(pid))
+    finally:
+        parent.kill()
+        parent.stdout.close()
+        if os.path.exists(path):
+            os.unlink(path)
