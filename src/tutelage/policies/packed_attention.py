@@ -1,8 +1,8 @@
 """Attention over packed rows: several documents in one row, each seeing only itself.
 
 Registered with transformers under `NAME`, so any architecture that supports its attention interface can use it.
-Each document is attended to on its own, with its own causal mask: nothing of size (T, T) over the whole row exists,
-no work is spent on other documents, and there is no mask to get wrong.
+No document sees another: each is attended to on its own, or short ones side by side as rows of a batch. Nothing of size
+(T, T) over the whole row exists, and no work is spent across documents.
 
 Dimension letters:  B row (always 1)   H query heads   J key/value heads   T positions of the row   E head width
 """
@@ -16,6 +16,8 @@ from torch import Tensor
 from tutelage.errors import DataError
 
 NAME = "tutelage_packed"
+SHORT = 256
+"""Documents up to this many tokens are padded to one length and attended to together."""
 
 
 def packed_attention(
@@ -51,11 +53,44 @@ def packed_attention(
         )
     bounds = cu_seq_lens_q.tolist()
     p = dropout if module.training else 0.0
+    longest = max(b - a for a, b in itertools.pairwise(bounds))
+    if len(bounds) > 2 and longest <= SHORT and p == 0 and not softcap and window_is_wide(sliding_window, longest):
+        return _short_documents(query_BHTE, key_BJTE, value_BJTE, scaling, cu_seq_lens_q.long(), longest), None
     out = []
     for start, stop in itertools.pairwise(bounds):
         q, k, v = (x[:, :, start:stop] for x in (query_BHTE, key_BJTE, value_BJTE))
         out.append(_one_document(q, k, v, scaling, p, sliding_window, softcap))
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def window_is_wide(window: int | None, longest: int) -> bool:
+    """True where no query is too far from the first token of its document to see it."""
+    return window is None or window >= longest
+
+
+def _short_documents(
+    query_BHTE: Tensor, key_BJTE: Tensor, value_BJTE: Tensor, scaling: float | None, bounds: Tensor, longest: int
+) -> Tensor:
+    """All documents at once, padded to the longest: for short ones one call per document costs more than its work.
+
+    Dimension letters:  P documents   L positions of the longest   G query heads for each key head
+    """
+    starts_P, lengths_P = bounds[:-1], bounds.diff()
+    place_L = torch.arange(longest, device=bounds.device)
+    is_token_PL = place_L < lengths_P[:, None]
+    # Padding reads some token of the row; what it computes is never taken out again.
+    index_PL = torch.where(is_token_PL, starts_P[:, None] + place_L, starts_P[:, None])
+    query_PHLE, key_PJLE, value_PJLE = (x[0][:, index_PL].transpose(0, 1) for x in (query_BHTE, key_BJTE, value_BJTE))
+    num_documents, num_heads, _, width = query_PHLE.shape
+    groups = num_heads // key_PJLE.shape[1]
+    query = query_PHLE.unflatten(1, (-1, groups)).flatten(2, 3).flatten(0, 1)  # (P*J, G*L, E)
+    key, value = (x.flatten(0, 1) for x in (key_PJLE, value_PJLE))
+    scores = at_least_float32(torch.bmm(query, key.transpose(1, 2))) * (width**-0.5 if scaling is None else scaling)
+    is_visible_LL = place_L[:, None] >= place_L
+    hidden = torch.zeros(longest, longest, device=bounds.device).masked_fill(~is_visible_LL, float("-inf"))
+    weights = (scores.unflatten(1, (groups, longest)) + hidden).softmax(-1).flatten(1, 2).to(value.dtype)
+    mixed = torch.bmm(weights, value).unflatten(0, (num_documents, -1)).unflatten(2, (groups, longest))
+    return mixed.permute(0, 3, 1, 2, 4).flatten(2, 3)[is_token_PL][None]  # P L J G E -> B T H E
 
 
 def _one_document(
@@ -79,8 +114,13 @@ def _one_document(
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.float().masked_fill(~is_visible_TT, float("-inf")).softmax(-1).to(q.dtype)
+    weights = at_least_float32(scores).masked_fill(~is_visible_TT, float("-inf")).softmax(-1).to(q.dtype)
     return torch.nn.functional.dropout(weights, p) @ v
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """A softmax in less loses the small weights."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def register() -> None:

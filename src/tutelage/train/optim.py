@@ -54,9 +54,12 @@ class Optimizer:
         vectors = [m for m in self.masters.values() if m.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
+        self._is_fused = False
         if kind == "adamw":
-            can_fuse = all(m.dtype in (torch.float32, torch.float64) for m in self.masters.values())
-            self.rule: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=can_fuse)
+            self._is_fused = all(m.dtype == torch.float32 for m in self.masters.values())
+            self.rule: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=0.0, betas=betas, eps=eps, fused=self._is_fused
+            )
         elif kind == "sgd":
             self.rule = torch.optim.SGD(groups, lr=0.0, momentum=momentum)
         else:
@@ -109,8 +112,11 @@ class Optimizer:
                 f"the gradient's norm must be finite, got {norm}; nothing was updated. "
                 "Lower train.lr, or look at the trajectories of this step in the run's store."
             )
-        if max_grad_norm is not None and norm > max_grad_norm:
-            torch._foreach_mul_(gradients, max_grad_norm / norm)
+        scale = 1.0 if max_grad_norm is None or norm <= max_grad_norm else norm / max_grad_norm
+        if self._is_fused:  # the fused rule divides by this as it reads: one pass over memory less
+            self.rule.grad_scale = torch.tensor(scale, device=gradients[0].device)  # type: ignore[attr-defined]
+        elif scale != 1.0:
+            torch._foreach_mul_(gradients, 1 / scale)
         for group in self.rule.param_groups:
             group["lr"] = lr
         self.rule.step()

@@ -1,0 +1,76 @@
+"""Packed rows: every document's hidden states are those it has alone, for each architecture and way of attending."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from tutelage.policies import packed_attention
+from tutelage.policies.policy import Policy
+
+torch.set_num_threads(1)
+COMMON = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON),
+    "qwen2": Qwen2Config(**COMMON),
+    "qwen3": Qwen3Config(**COMMON, head_dim=8),
+    "mistral, window 5": MistralConfig(**COMMON, sliding_window=5),
+}
+
+
+@dataclasses.dataclass
+class Packed:
+    token_ids_BT: torch.Tensor
+    position_ids_BT: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    attention_mask_BT: torch.Tensor | None = None
+
+
+def packed(documents: list[torch.Tensor]) -> Packed:
+    bounds = torch.tensor([0, *torch.tensor([len(d) for d in documents]).cumsum(0).tolist()], dtype=torch.int32)
+    position = torch.cat([torch.arange(len(d)) for d in documents])
+    return Packed(torch.cat(documents)[None], position[None], bounds)
+
+
+@pytest.mark.parametrize("short", [0, 256], ids=["one by one", "together"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_documents_do_not_see_each_other(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "SHORT", short)
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float64)).eval()
+    documents = [torch.randint(0, 40, (n,)) for n in (7, 1, 12, 3)]
+    together = policy.hidden_states(packed(documents))[0]
+    policy.use_plain_attention()
+    body = policy.causal_model.base_model
+    alone = torch.cat([body(d[None], use_cache=False).last_hidden_state[0] for d in documents])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("short", [0, 256], ids=["one by one", "together"])
+def test_gradients_are_those_of_the_documents_alone(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "SHORT", short)
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float64))
+    documents = [torch.randint(0, 40, (n,)) for n in (7, 1, 12, 3)]
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        policy.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+    together = gradients(policy.hidden_states(packed(documents)).pow(2).sum())
+    policy.use_plain_attention()
+    body = policy.causal_model.base_model
+    alone = gradients(sum(body(d[None], use_cache=False).last_hidden_state.pow(2).sum() for d in documents))
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
