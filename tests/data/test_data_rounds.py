@@ -62,7 +62,7 @@ def test_a_damaged_chunk_is_named(tmp_path):
     store.commit(0, [drawn(0)])
     path = tmp_path / "r" / "chunk-000000.parquet"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(DataError, match=r"chunk-000000.parquet is damaged.*Delete it and resume"):
+    with pytest.raises(DataError, match=r"chunk-000000.parquet is damaged.*Delete .*chunk-000000.parquet and resume"):
         store.load(0)
 
 

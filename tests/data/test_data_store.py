@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import random
 import struct
 import subprocess
 import sys
@@ -218,8 +219,8 @@ def flip(path):
     ("damage", "verified"),
     [
         (lambda p: p.unlink(), "is named by the manifest and missing"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "SHA-256"),
-        (lambda p: p.write_bytes(b""), "SHA-256"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "bytes, the manifest says"),
+        (lambda p: p.write_bytes(b""), "damaged: 0 bytes"),
         (flip, "SHA-256"),
     ],
 )
@@ -233,6 +234,55 @@ def test_a_damaged_shard_is_named_and_the_rest_is_readable(tmp_path, damage, ver
     assert [t.id for t in store.read(where=wanted.__contains__, on_bad_shard="skip")] == ["t7"]
     (problem,) = store.verify()
     assert "shard-000001.parquet" in problem and verified in problem
+
+
+def test_no_changed_byte_changes_a_trajectory_unseen(tmp_path):
+    noise = random.Random(0)
+    spans = (Span(token_ids=(1,) * 60, role="user", author="u", logprobs=tuple(-noise.random() for _ in range(60))),)
+    t = simple(0, spans=spans)
+    with TrajectoryWriter(tmp_path / "s") as writer:
+        writer.write(t)
+    store = TrajectoryStore(tmp_path / "s")
+    path = tmp_path / "s" / store.shards[0].name
+    raw, changed, seen = path.read_bytes(), [], 0
+    for at in range(0, len(raw), 97):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+        try:
+            changed += [] if list(store) == [t] else [at]
+        except DataError as error:
+            seen += store.shards[0].name in str(error)
+    assert (changed, seen) == ([], len(range(0, len(raw), 97)))
+    path.write_bytes(raw)
+    assert list(store) == [t]
+
+
+def test_a_scan_of_columns_sees_their_changed_pages(tmp_path):
+    noise = random.Random(0)
+    spans = (Span(token_ids=(1,) * 99, role="user", author="u", entropies=tuple(noise.random() for _ in range(99))),)
+    with TrajectoryWriter(tmp_path / "s") as writer:
+        writer.write(simple(0, spans=spans))
+    store = TrajectoryStore(tmp_path / "s")
+    path = tmp_path / "s" / store.shards[0].name
+    with pq.ParquetFile(path) as file:
+        group = file.metadata.row_group(0)
+        (column,) = [c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith("entropies")]
+    raw = path.read_bytes()
+    end = column.data_page_offset + column.total_compressed_size
+    begin = column.dictionary_page_offset or column.data_page_offset
+    for at in range(begin + 100, begin + 500, 40):  # within the values, behind the page's header
+        assert at < end
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+        assert len(list(store.scan(["id"]))) == 1
+        with pytest.raises(DataError, match="is damaged"):
+            list(store.scan(["entropies"]))
+
+
+def test_another_shard_in_a_shards_place_is_seen(tmp_path):
+    write(tmp_path / "s", 9, rows_per_shard=3)
+    write(tmp_path / "two", 2)
+    (tmp_path / "s" / "shard-000001.parquet").write_bytes((tmp_path / "two" / "shard-000000.parquet").read_bytes())
+    with pytest.raises(DataError, match=r"shard-000001.parquet is damaged: \d+ bytes, the manifest says \d+"):
+        list(TrajectoryStore(tmp_path / "s"))
 
 
 def test_a_shard_the_manifest_does_not_name_is_reported_and_not_read(tmp_path):

@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tutelage.data.files import remove_stale, sha256_of
 from tutelage.data.rows import STORED, decode, to_row
 from tutelage.data.secrets import SecretPolicy, guard
-from tutelage.data.store import MANIFEST, Manifest, Shard, TrajectoryStore, locked, write_shard
+from tutelage.data.store import MANIFEST, Manifest, Shard, TrajectoryStore, iter_shard, locked, write_shard
 from tutelage.errors import DataError
 from tutelage.types import Trajectory
 
@@ -128,12 +127,9 @@ class RoundStore:
     def _read(self, chunk: int) -> list[Trajectory]:
         path = self._path(chunk)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                return [t for batch in file.iter_batches(batch_size=1024, columns=list(STORED)) for t in decode(batch)]
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} is damaged and cannot be read: {error}. Delete it and resume: the chunk is drawn again."
-            ) from error
+            return [t for batch in iter_shard(path, STORED, 1024) for t in decode(batch)]
+        except (ValueError, KeyError, TypeError) as error:  # the first: DataError, or JSON that is none
+            raise DataError(f"{error} Delete {path} and resume: the chunk is drawn again.") from error
 
 
 def _shard(path: Path) -> Shard:

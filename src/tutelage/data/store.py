@@ -333,6 +333,8 @@ class TrajectoryStore:
     ) -> Iterator[Trajectory]:
         """All trajectories, or those whose row number (over the whole store) `where` accepts, in order.
 
+        Each shard is compared with its SHA-256 before anything of it is given.
+
         Raises:
             DataError: as for `scan`.
         """
@@ -340,7 +342,7 @@ class TrajectoryStore:
         for shard in self._manifest.shards:
             first = row
             try:
-                for batch in self._scan_shard(shard, STORED, batch_rows):
+                for batch in self._scan_shard(shard, STORED, batch_rows, is_hashed=True):
                     numbers = [i for i in range(batch.num_rows) if where is None or where(row + i)]
                     row += batch.num_rows
                     yield from decode(batch if len(numbers) == batch.num_rows else batch.take(pa.array(numbers, "i8")))
@@ -357,17 +359,12 @@ class TrajectoryStore:
         """Check every shard against the manifest, byte for byte and row by row. Empty when all is well."""
         found = []
         for shard in self._manifest.shards:
-            path = self.path / shard.name
-            if path.exists() and (actual := sha256_of(path)) != shard.sha256:
-                found.append(f"{path}: its SHA-256 is {actual}, the manifest says {shard.sha256}")
-                continue
             try:
-                rows = sum(len(decode(batch)) for batch in self._scan_shard(shard, STORED, 256))
+                rows = sum(len(decode(b)) for b in self._scan_shard(shard, STORED, 256, is_hashed=True))
+                if rows != shard.rows:
+                    raise DataError(f"shard {self.path / shard.name} has {rows} rows, the manifest says {shard.rows}")
             except DataError as error:
                 found.append(str(error))
-                continue
-            if rows != shard.rows:
-                found.append(f"{path}: holds {rows} rows, the manifest says {shard.rows}")
         return found + [
             f"{self.path / name}: not named by the manifest, so not read: it was never committed, or was put here"
             for name in self._unnamed()
@@ -377,7 +374,9 @@ class TrajectoryStore:
         named = {s.name for s in self._manifest.shards}
         return sorted(p.name for p in self.path.glob("*.parquet") if p.name not in named)
 
-    def _scan_shard(self, shard: Shard, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    def _scan_shard(
+        self, shard: Shard, columns: Sequence[str], batch_rows: int, *, is_hashed: bool = False
+    ) -> Iterator[pa.RecordBatch]:
         path = self.path / shard.name
         others = "The other shards can be read: on_bad_shard='skip' leaves this one out."
         if not path.exists():
@@ -386,9 +385,27 @@ class TrajectoryStore:
             raise DataError(
                 f"shard {path} is damaged: {path.stat().st_size} bytes, the manifest says {shard.bytes}. {others}"
             )
+        if is_hashed and (actual := sha256_of(path)) != shard.sha256:
+            raise DataError(
+                f"shard {path} is damaged: its SHA-256 is {actual}, the manifest says {shard.sha256}. {others}"
+            )
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns)):
-                    yield batch.select(list(columns))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"shard {path} ({shard.rows} trajectories) is damaged: {error}. {others}") from error
+            yield from iter_shard(path, columns, batch_rows)
+        except DataError as error:
+            raise DataError(f"{error} {others}") from error
+
+
+def iter_shard(path: Path, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Some columns of one shard, by its pages' own checksums.
+
+    Raises:
+        DataError: it is damaged, or is no shard of a store.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise DataError(f"shard {path} is damaged or no shard: its columns are not those of a trajectory.")
+            for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns)):
+                yield batch.select(list(columns))
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"shard {path} is damaged: {error}.") from error
