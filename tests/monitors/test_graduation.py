@@ -120,10 +120,14 @@ def entropy(value):
 
 
 def probe(step, counts, *, n=16, h=0.5, keys=None, distinct=None, **fields):
-    """`counts`: accepted of n for each task. Every accepted solution is its own unless `keys` or `distinct` say."""
+    """`counts`: accepted of n for each task. Solutions recur within 60 steps unless `keys` or `distinct` say."""
     tasks = []
     for i, accepted in enumerate(counts):
-        own = tuple(content_hash(step, i, j) for j in range(accepted)) if keys is None else tuple(keys[i][:accepted])
+        own = (
+            tuple(content_hash(step // 60, i, j) for j in range(accepted))
+            if keys is None
+            else tuple(keys[i][:accepted])
+        )
         tasks.append(
             TaskProbe(
                 task_id=f"t{i}",
