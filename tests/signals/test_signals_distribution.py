@@ -1,6 +1,5 @@
 """TeacherDistribution: its expected gradient is its divergence's, whatever the plumbing."""
 
-import itertools
 from dataclasses import replace
 
 import distillation_cases as cases
@@ -14,6 +13,7 @@ from tutelage.numerics.logprobs import target_logprobs
 from tutelage.policies.table import TablePolicy
 from tutelage.policies.teachers import AveragedTeacher, InProcessTeacher, SelfTeacher
 from tutelage.signals.distribution import TeacherDistribution
+from tutelage.train.distributed import Processes
 from tutelage.types import SamplingParams, Span
 
 FORMS = {
@@ -336,10 +336,19 @@ def test_a_padded_vocabulary_is_cut_to_the_shared_part():
     got = cases.gradient(policy, signal_of(teacher), draw)[0]["table_VD"]
     narrow = InProcessTeacher(TablePolicy(cases.V, order=1, seed=3))
     cases.same(got, cases.gradient(policy, signal_of(narrow), draw)[0]["table_VD"])
-    # And the other way round: the student has more rows than the teacher.
-    small = TablePolicy(3, order=1, seed=4)
-    total = sum(len(list(itertools.chain(y.token_ids))) for y in draw)
-    assert total > 0 and small.vocab_size < policy.vocab_size
+
+
+def test_a_student_wider_than_the_teacher_is_graded_on_the_shared_part():
+    policy, teacher = cases.student(), cases.teacher()
+    narrow = InProcessTeacher(teacher.policy, vocab_size=cases.V - 1)
+    ys = [y for y in cases.every_completion(policy) if max(y.token_ids) < cases.V - 1][:6]
+
+    def exact(s, t):
+        return kl.reverse_kl(s[..., :-1], t[..., :-1])
+
+    got = cases.expected_gradient(policy, signal_of(narrow, "reverse_kl"), cases.draw_of(ys))
+    cases.same(got, cases.exact_gradient(policy, teacher, exact, ys))
+    assert (got[-1] == 0).all()
 
 
 def test_target_logprobs_helper_agrees_with_the_teachers_score():
@@ -349,3 +358,39 @@ def test_target_logprobs_helper_agrees_with_the_teachers_score():
         tokens = torch.tensor([y.token_ids])
         want = target_logprobs(teacher.policy.logits(tokens)[0, 1:-1], tokens[0, 2:])
         cases.same(torch.tensor(scores, dtype=torch.float64), want)
+
+
+class OneOfTwo(Processes):
+    """One of two processes that share the microbatches; the sums are made by the test."""
+
+    count, index = 2, 0
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def sum_numbers(self, numbers):
+        return dict(numbers)
+
+    def sum_tensors(self, tensors):
+        pass
+
+
+def test_two_processes_add_up_to_one():
+    teacher = cases.teacher()
+    draw = cases.draw_of(cases.every_completion(cases.student())[:9])
+    one = signal_of(teacher, "jsd")
+    want, _ = cases.gradient(cases.student(), one, draw, max_tokens=9)
+    total, sums = 0.0, []
+    for index in range(2):
+        policy, signal = cases.student(), signal_of(teacher, "jsd")
+        trainer = cases.trainer_of(policy)
+        trainer.processes = OneOfTwo(index)
+        targets = signal.prepare(draw, score_student=None)
+        cases.step(trainer, targets, signal, max_tokens=9)
+        total = total + trainer.optimizer.gradients()["table_VD"]
+        sums.append(signal.take_sums())
+    cases.same(total, want["table_VD"])
+    added = {n: sum(s.get(n, 0.0) for s in sums) for s in sums for n in s}
+    a, b = signal.metrics(added), one.metrics(one.take_sums())
+    assert a == pytest.approx(b, abs=1e-12)

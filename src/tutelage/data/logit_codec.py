@@ -25,7 +25,7 @@ from tutelage.errors import ConfigError, DataError
 
 HEAD = 8
 """Entries whose log-probability has 16 bits of its own."""
-_BLOCK = 1024
+_BLOCK = 512
 _LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 15, 21, 30, 44, 66, 100, 160, 260], dtype=np.float32)
 _STEPS = np.float32(0.0005) * np.float32(2.0) ** np.arange(12, dtype=np.float32)
 """Step sizes in nats that a token chooses from: the smallest reach falls of 0.13 nats, the largest of 266."""

@@ -277,7 +277,7 @@ class DivergenceLoss:
         if "teacher_logits_CV" not in targets_C:
             return self._from_columns(student_logits_CV, targets_C)
         teacher_CV = targets_C["teacher_logits_CV"].to(student_logits_CV.dtype)
-        student_CV = student_logits_CV[:, : teacher_CV.shape[1]]
+        student_CV = _cut(student_logits_CV, teacher_CV.shape[1])
         s.health.compare(student_CV, teacher_CV)
         scale: Tensor | float = 1.0
         if s.temperature is not None:
@@ -301,7 +301,7 @@ class DivergenceLoss:
         logprobs_CK = targets_C["teacher_logprobs_CK"].to(student_logits_CV.dtype)
         tail_C = targets_C["teacher_tail_logprobs_C"].to(student_logits_CV.dtype)
         teacher = s.router.teachers[0]
-        student_CV = student_logits_CV[:, : getattr(teacher, "vocab_size", None)]
+        student_CV = _cut(student_logits_CV, getattr(teacher, "vocab_size", None))
         temperature = s.temperature if s.temperature is not None else 1.0
         student_CV = shaped(student_CV / temperature, {n: c for n, c in targets_C.items() if n == "top_p_C"})
         if s.estimator == "full":
@@ -319,6 +319,11 @@ class DivergenceLoss:
         return kl.top_k_kl(
             student_CV, ids_CK, logprobs_CK, direction=direction, teacher_tail_logprobs_BT=tail_C, min_tail=1e-12
         )
+
+
+def _cut(logits_CV: Tensor, width: int | None) -> Tensor:
+    """The first `width` entries; the very same tensor where that is all (a slice's gradient would be a copy)."""
+    return logits_CV if width is None or width >= logits_CV.shape[-1] else logits_CV[:, :width]
 
 
 def _logits(teacher: Any, hidden_CE: Tensor) -> Tensor:
