@@ -198,7 +198,8 @@ def test_scores_and_top_k_match_a_forward_pass(server, prompts, model):
         scorer.top_k(rows[:1], 65)
 
 
-def test_pushed_weights_are_what_answers(server, tokenizer, prompts, model):
+@pytest.mark.parametrize("has_tied_names", [True, False])
+def test_pushed_weights_are_what_answers(server, tokenizer, prompts, model, has_tied_names):
     """The gap to the trainer's new weights falls to what rounding leaves; with the old ones it is many times that.
     Weights pushed back give the first scores bit for bit, so nothing of a push is left behind."""
     rows = [trajectory(p, (*p[5:20], END), str(i)) for i, p in enumerate(prompts)]
@@ -218,7 +219,7 @@ def test_pushed_weights_are_what_answers(server, tokenizer, prompts, model):
         model.load_state_dict(new)
         stale = gap(first)
         started = time.perf_counter()
-        sampler.push_weights(new, "round1")
+        sampler.push_weights({k: v for k, v in new.items() if has_tied_names or k != "lm_head.weight"}, "round1")
         print(f"push: {time.perf_counter() - started:.1f} s")
         after = gap(scorer.score(rows))
         print(f"gap before {before:.3f}, stale {stale:.3f}, after {after:.3f} nats a token")

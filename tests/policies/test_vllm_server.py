@@ -166,7 +166,7 @@ def test_a_passing_fault_changes_nothing(fake, fault):
 
 
 def test_a_server_that_fails_its_first_question_is_revived(fake):
-    fake.faults = ["drop"] * FAST.attempts
+    fake.faults = [503] * FAST.attempts
     params = SamplingParams(temperature=0.5, max_new_tokens=4)
     answers = sampler_of(server_of(fake)).sample([SampleRequest(prompt_ids=(0, 1), n=2, seed=3)], params)
     assert len(answers[0]) == 2

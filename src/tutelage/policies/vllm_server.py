@@ -260,8 +260,6 @@ def _score_one(server: VLLMServer, trajectory: Trajectory, k: int) -> TopK:
                 f"most likely ones; it gave {sorted(entry)[:5]}"
             )
         target_logprobs_C[row] = _logprob(entry[ids[place]])
-        if len(entry) > k:  # the target is not among the k most likely
-            del entry[ids[place]]
         best = sorted(entry.items(), key=lambda e: (-e[1]["logprob"], e[1]["rank"]))[:k]
         ids_CK[row] = [token for token, _ in best]
         logprobs_CK[row] = [_logprob(value) for _, value in best]
