@@ -456,12 +456,13 @@ threading.Thread(target=v.judge, args=(t, [said("nap")]), daemon=True).start()
 time.sleep(0.3)
 holder = os.fork()  # keeps copies of the pipes, so that their ends are never seen
 if holder:
-    print(*v.pool.pids(), holder, flush=True)
+    print(*v.pool.pids(), holder, *v.pool._folders, flush=True)
 time.sleep(30)
 """
     )
     main = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    worker, holder = map(int, main.stdout.readline().split())
+    *numbers, folder = main.stdout.readline().split()
+    worker, holder = map(int, numbers)
     pids = [worker, *pool_module._descendants(worker)]
     assert len(pids) == 3
     main.kill()
@@ -469,6 +470,7 @@ time.sleep(30)
     main.stdout.close()
     try:
         wait_for(lambda: all(map(is_gone, pids)))
+        wait_for(lambda: not Path(folder).exists())
     finally:
         os.kill(holder, signal.SIGKILL)
 

@@ -107,16 +107,21 @@ def enter_namespace() -> bool:
     return True
 
 
-def keep(server: int, pool_pid: int) -> None:
-    """Wait for the server to end, or for the pool's process to be gone, which ends the server."""
+def keep(server: int, pool_pid: int, folder: str) -> None:
+    """Wait for the server to end, or for the pool's process to be gone, which ends the server.
+
+    A pool that is gone cannot remove its folder any more, so that is done here.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
         pid, status = os.waitpid(server, os.WNOHANG)
+        if os.getppid() != pool_pid:
+            if not pid:
+                os.kill(server, signal.SIGKILL)
+            remove(folder)
+            os._exit(1)
         if pid:
             os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-        if os.getppid() != pool_pid:
-            os.kill(server, signal.SIGKILL)
-            os._exit(1)
         wait_for_child(0.5)
 
 
@@ -392,7 +397,7 @@ def main() -> None:
     server = os.fork()
     if server:
         channel.close()
-        keep(server, pool_pid)
+        keep(server, pool_pid, setup["folder"])
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not has_namespace:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
