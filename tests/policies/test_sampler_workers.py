@@ -1,5 +1,6 @@
 """Sampling in worker processes: the same answers, shared weights, and what happens when somebody dies."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutelage.errors import ConfigError, SamplerError
 from tutelage.policies.sampler import InProcessSampler
-from tutelage.policies.sampling_workers import WorkerSampler
+from tutelage.policies.sampling_workers import WorkerSampler, _ModelUnpickler, _SharedModel
 from tutelage.types import Sampler, SampleRequest, SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=12)
@@ -61,6 +62,9 @@ def is_running(pid):
 def workers():
     with WorkerSampler(tiny_model(), stop_ids=[2], decode=str, num_workers=2) as sampler:
         yield sampler
+        running, path = pids(sampler), sampler._shared.path
+        assert all(is_running(pid) for pid in running) and os.path.exists(path)
+    assert not any(is_running(pid) for pid in running) and not os.path.exists(path)
 
 
 def pids(sampler):
@@ -159,18 +163,22 @@ def test_a_worker_that_dies_is_named_and_replaced(workers):
     assert victim not in pids(workers)
 
 
-def test_bfloat16_copies_are_made_of_float32_masters_and_closing_leaves_nothing_behind():
+def test_a_shared_model_is_a_copy_in_the_asked_dtype_over_one_file():
     model = tiny_model()
-    sampler = WorkerSampler(model, stop_ids=[2], decode=str, num_workers=1, dtype=torch.bfloat16)
-    (pid,), path = pids(sampler), sampler._shared.path
-    got = sampler.sample(ask(), PARAMS)
-    assert is_running(pid) and os.path.exists(path)
-    sampler.close()
-    assert not is_running(pid) and not os.path.exists(path)
-    assert model.lm_head.weight.dtype is torch.float32
-    for parameter in model.parameters():
+    expected = tiny_model()
+    for parameter in expected.parameters():
         parameter.data = parameter.data.bfloat16()
-    assert got == in_process(model).sample(ask(), PARAMS)
+    shared = _SharedModel(model, torch.bfloat16)
+    try:
+        data = torch.from_file(shared.path, shared=True, size=shared.size, dtype=torch.uint8)
+        copy = _ModelUnpickler(io.BytesIO(shared.pickled), data).load()
+        assert model.lm_head.weight.dtype is torch.float32
+        assert copy.lm_head.weight is copy.model.embed_tokens.weight
+        assert in_process(copy).sample(ask(), PARAMS) == in_process(expected).sample(ask(), PARAMS)
+        shared.load(tiny_model(seed=9).state_dict())
+        assert torch.equal(copy.lm_head.weight, tiny_model(seed=9).lm_head.weight.bfloat16())
+    finally:
+        shared.close()
 
 
 def test_what_cannot_be_sent_is_an_error_at_once():
