@@ -77,7 +77,11 @@ def literal(trajectories, r):
         rows = once(rows, lambda t: (t.task_hash, t.completion))
     if r.distinct == "key":
         rows = once(
-            rows, lambda t: (t.task_hash, ("key", t.verdict.key) if t.verdict and t.verdict.key else t.completion)
+            rows,
+            lambda t: (
+                t.task_hash,
+                ("key", t.verdict.key) if t.verdict and t.verdict.key is not None else t.completion,
+            ),
         )
     if r.max_per_prompt is not None:
         count, kept = {}, []
@@ -124,6 +128,15 @@ def test_equal_answers_of_different_prompts_are_distinct_but_not_unique():
     trajectories = [sampled(0, "4"), sampled(1, "4"), replace(sampled(1, "4"), id="other")]
     assert select(trajectories, SelectionRules(distinct="text")).num_kept == 2
     assert select(trajectories, SelectionRules(is_unique=True)).num_kept == 1
+
+
+def test_keys_decide_where_there_are_keys_and_texts_elsewhere():
+    trajectories = [
+        *(sampled(0, "a", key="k"), sampled(0, "b", key="k"), sampled(0, "c", key="")),
+        *(sampled(0, "d"), sampled(0, "e"), sampled(0, "d"), sampled(1, "a", key="k")),
+    ]
+    chosen = select(trajectories, SelectionRules(distinct="key"))
+    assert [t.completion for t in chosen.of(trajectories)] == ["a", "c", "d", "e", "a"]
 
 
 def test_wrong_rules_are_all_named():
