@@ -1,0 +1,45 @@
+"""SIGKILL while sampling, judging, training, saving and in between: the resumed run ends with the same bits."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import kill_run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    assert kill_run.completed(folder, tiny_folder, "whole")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("point", "call"),
+    [
+        ("evaluating", 1),
+        ("sampling", 30),
+        ("committing a chunk", 3),
+        ("judging", 2),
+        ("training", 3),
+        ("rounding the masters", 3),
+        ("saving the optimiser", 2),
+        ("naming a checkpoint", 2),
+        ("dropping finished work", 1),
+        ("publishing a round", 2),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tiny_folder: Path, point: str, call: int) -> None:
+    name = f"{point}-{call}".replace(" ", "-")
+    assert kill_run.killed(whole, tiny_folder, name, point, call), "the run ended before that instant"
+    assert kill_run.completed(whole, tiny_folder, name)
+    assert kill_run.differences(whole / "whole", whole / name) == []
+
+
+def test_killed_twice(whole: Path, tiny_folder: Path) -> None:
+    assert kill_run.killed(whole, tiny_folder, "twice", "training", 4)
+    assert kill_run.killed(whole, tiny_folder, "twice", "naming a checkpoint", 1)
+    assert kill_run.completed(whole, tiny_folder, "twice")
+    assert kill_run.differences(whole / "whole", whole / "twice") == []
