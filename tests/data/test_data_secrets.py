@@ -117,9 +117,9 @@ def test_a_store_flags_unless_told_otherwise(tmp_path):
     ],
 )
 def test_long_text_is_searched_in_linear_time(unit):
-    started = time.perf_counter()
+    started = time.process_time()
     find_secrets(unit * (500_000 // len(unit)))
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_a_key_in_a_json_string_is_masked_whole():
