@@ -4,6 +4,7 @@ from tutelage.signals.distribution import TeacherDistribution
 from tutelage.signals.estimators import check_pair
 from tutelage.signals.hard import HardTargets
 from tutelage.signals.minillm import MiniLLM
+from tutelage.signals.policy_gradient import PolicyGradient
 from tutelage.signals.routing import HintedPrompt, with_hint, with_system
 from tutelage.signals.sampled import SampledLogRatio
 
@@ -11,6 +12,7 @@ __all__ = [
     "HardTargets",
     "HintedPrompt",
     "MiniLLM",
+    "PolicyGradient",
     "SampledLogRatio",
     "TeacherDistribution",
     "check_pair",
