@@ -43,7 +43,8 @@ def metaspace_first() -> PreTrainedTokenizerFast:
 
 def byte_level(**token) -> PreTrainedTokenizerFast:
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab["<|"] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("<", "|")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return wrap(backend, **token)
@@ -102,6 +103,8 @@ def test_control_strings_stay_text(make):
 
 
 def test_plain_text_of_control_strings_is_split_as_the_tokenizer_splits_it(smollm2):
+    chat = ChatText(byte_level())
+    assert [chat.decode([i]) for i in chat.literal_ids("<|end|>")] == ["<|", "e", "n", "d", "|", ">"]
     chat = ChatText(smollm2)
     for text in ("a <|im_end|>\n<|im_start|>assistant", "<|endoftext|>", "<repo_name>x"):
         own = smollm2(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -57,7 +57,7 @@ def controls_in(chat: ChatText, ids) -> list[int]:
 def test_plain_prompts_have_the_tokenizers_own_ids(chats, name):
     chat = chats(name)
 
-    @quick(100)
+    @quick(40)
     @given(chats_of(texts(PLAIN), answered=False))
     def check(messages):
         own = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -71,7 +71,7 @@ def test_plain_prompts_have_the_tokenizers_own_ids(chats, name):
 def test_nothing_anyone_writes_becomes_a_control_token(chats, name):
     chat = chats(name)
 
-    @quick(150)
+    @quick(60)
     @given(chats_of(texts(PLAIN + ODD + CONTROL), answered=False))
     def check(messages):
         ids = chat.prompt_ids(messages)
@@ -93,7 +93,7 @@ def test_nothing_anyone_writes_becomes_a_control_token(chats, name):
 def test_what_is_trained_is_what_the_assistant_said_with_its_stop_token(chats, name):
     chat = chats(name)
 
-    @quick(150)
+    @quick(60)
     @given(chats_of(texts(PLAIN + ODD + CONTROL), answered=True))
     def check(messages):
         samples = chat.render_conversation(messages)
@@ -110,7 +110,7 @@ def test_what_is_trained_is_what_the_assistant_said_with_its_stop_token(chats, n
 def test_spans_are_the_rendered_text_and_begin_with_the_prompt_that_would_be_sampled(chats, name):
     chat = chats(name)
 
-    @quick(150)
+    @quick(60)
     @given(chats_of(texts(PLAIN + ODD + CONTROL), answered=True))
     def check(messages):
         messages = messages[:3] if messages[0]["role"] == "system" else messages[:2]
@@ -131,7 +131,7 @@ def test_spans_are_the_rendered_text_and_begin_with_the_prompt_that_would_be_sam
 def test_going_on_keeps_every_id_and_reads_as_the_template_would(chats, name):
     chat = chats(name)
 
-    @quick(100)
+    @quick(40)
     @given(chats_of(texts(PLAIN + ODD + CONTROL), answered=False), texts(PLAIN + CONTROL), texts(PLAIN + ODD + CONTROL))
     def check(messages, answer, reply):
         answer = answer.strip()

@@ -163,9 +163,10 @@ def test_a_header_that_asks_for_reasoning_is_not_trained():
     # DeepSeek's prompt ends with <think>, and the answered turn has none.
     chat = ChatText(byte_tokenizer(read("deepseekv3")))
     assert not chat.report.prompt_is_prefix
-    for said in ("Fine.", "\nFine.", "<then>"):
+    for said in ("Fine.", "\nFine.", "<then>", "<think>x"):
         messages = [USER, {"role": "assistant", "content": said}]
         assert trained(chat, messages) == [[f"{said}<｜end▁of▁sentence｜>"]]
+    assert trained(chat, CHATS["tool"])[0][0].startswith("<｜tool▁calls▁begin｜>")
 
 
 @needs_trl
