@@ -1,8 +1,8 @@
 """Two processes against one: the same steps, the same prompts, and a run that goes on with another number of them."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -72,7 +73,10 @@ def test_two_processes_make_the_steps_of_one_and_either_resumes_the_other(tmp_pa
     deadline = time.monotonic() + 200
     while not second_round.exists() and cut.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(cut.pid, signal.SIGKILL)
+    launcher = psutil.Process(cut.pid)
+    for process in [*launcher.children(recursive=True), launcher]:  # its workers are in sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     cut.communicate()
     assert not (tmp_path / "cut" / "result.json").exists()
     assert finish(start(1, "resume", str(tmp_path / "cut"))) == 0

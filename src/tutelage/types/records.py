@@ -222,8 +222,9 @@ class Trajectory:
     @property
     def num_targets(self) -> int:
         """Tokens that loss may fall on. The very first token has no context and is never one."""
-        first = 1 if self.spans and self.spans[0].is_trainable else 0
-        return sum(len(s.token_ids) for s in self.spans if s.is_trainable) - first
+        first = next((s for s in self.spans if s.token_ids), None)
+        counted = sum(len(s.token_ids) for s in self.spans if s.is_trainable)
+        return counted - (first is not None and first.is_trainable)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
