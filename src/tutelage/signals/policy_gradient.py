@@ -36,7 +36,8 @@ class PolicyGradient(Stateless):
     -w * A * log p_student, exact on the first update after a draw. RAFT++ is advantage "raft" with a clip.
 
     A completion whose verdict is an error leaves its group's statistics, the loss and the divisor. One whose advantage
-    is 0 counts in the divisor. So does one that a keep rule gave weight 0, and its group's statistics see it.
+    is 0 counts in the divisor. So does one that a keep rule gave weight 0, and its group's statistics see it; a group
+    whose every weight is 0 is no part of the step.
 
     Args:
         advantage: of each completion within its prompt's group (`numerics.advantages`).
@@ -131,6 +132,8 @@ class PolicyGradient(Stateless):
         advantages = self.advantages(draw)
         rows = []
         for group, values in zip(draw.groups, advantages, strict=True):
+            if all(t.weight == 0 for t in group.trajectories):
+                continue  # left out whole, as a refilling source does: no part of the step
             for t, value in zip(group.trajectories, values, strict=True):
                 if self._is_counted(t):
                     rows.append(self._row(t, value))

@@ -2,9 +2,25 @@
 
 from tutelage.sources.accepted import Accepted, Keep
 from tutelage.sources.drawn import Drawn
+from tutelage.sources.hinted import Hinted
 from tutelage.sources.judged import Judged
 from tutelage.sources.mixed import Mixed
+from tutelage.sources.paths import Paths
 from tutelage.sources.recorded import Recorded
+from tutelage.sources.refill import Refilled
 from tutelage.sources.replay import Replay
+from tutelage.sources.thresholds import RisingThresholds
 
-__all__ = ["Accepted", "Drawn", "Judged", "Keep", "Mixed", "Recorded", "Replay"]
+__all__ = [
+    "Accepted",
+    "Drawn",
+    "Hinted",
+    "Judged",
+    "Keep",
+    "Mixed",
+    "Paths",
+    "Recorded",
+    "Refilled",
+    "Replay",
+    "RisingThresholds",
+]
