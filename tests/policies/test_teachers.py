@@ -146,7 +146,7 @@ def test_an_averaged_teacher_uses_its_average_and_leaves_the_policy_alone(tmp_pa
     teacher = AveragedTeacher(policy, decay=0.5)
     with torch.no_grad():
         for p in policy.parameters():
-            p.add_(0.1)
+            p.mul_(0.8)
     moved = {n: p.detach().clone() for n, p in policy.named_parameters()}
     teacher.after_step(policy)
     halfway = tiny(3)

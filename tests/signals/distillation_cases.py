@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from dataclasses import replace
 
 import torch
@@ -98,9 +97,7 @@ def gradient(policy, signal, draw, *, layout="packed", max_tokens=2048):
 
 def step(trainer, targets, signal, **kwargs):
     """One update at learning rate 0: its gradient stays in the optimiser."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
-        return trainer.step(list(targets.rows), signal, settings(**kwargs), lr=0.0)
+    return trainer.step(list(targets.rows), signal, settings(**kwargs), lr=0.0)
 
 
 def expected_gradient(policy, signal, draw, **kwargs):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tutelage.data.collate import collate
 from tutelage.errors import ConfigError, DataError
 from tutelage.numerics import divergence as kl
 from tutelage.numerics.logprobs import target_logprobs
@@ -240,7 +241,7 @@ def test_the_averaged_teacher_follows_the_students_weights_and_comes_back_exactl
     for _ in range(3):
         cases.gradient(policy, signal, draw)
         with torch.no_grad():
-            policy.table_VD += 0.1
+            policy.table_VD.mul_(0.8)
         signal.after_step(policy)
         expected = 0.75 * expected + 0.25 * policy.table_VD.detach()
     cases.same(teacher.average["table_VD"], expected)
@@ -394,3 +395,19 @@ def test_two_processes_add_up_to_one():
     added = {n: sum(s.get(n, 0.0) for s in sums) for s in sums for n in s}
     a, b = signal.metrics(added), one.metrics(one.take_sums())
     assert a == pytest.approx(b, abs=1e-12)
+
+
+@pytest.mark.parametrize("max_tokens", [7, 99])
+def test_hidden_states_come_back_to_their_own_targets(max_tokens):
+    """Targets left out one by one, rows of different lengths, teacher batches cut anew."""
+    teacher = cases.teacher(max_tokens=max_tokens)
+    ids = [(0, 1, 2, 3, 1, 0), (3, 2), (1, 1, 2, 0, 3), (2,)]
+    draw = cases.draw_of([cases.trajectory(y, at=str(i)) for i, y in enumerate(ids)])
+    signal = signal_of(teacher, view=lambda task, y: y)
+    rows = []
+    for i, r in enumerate(signal.prepare(draw, score_student=None).rows):
+        weight = np.array([(i + j) % 3 != 1 for j in range(r.trajectory.num_targets)], dtype=float)
+        rows.append(replace(r, columns={**r.columns, "weight_C": weight}))
+    batch = collate(rows[::-1], layout="packed", dtype=torch.float64)
+    got = signal.annotate(batch)["teacher_hidden_CE"]
+    assert torch.equal(got.double(), teacher.hidden(batch).double()) and len(got) == batch.num_targets > 5

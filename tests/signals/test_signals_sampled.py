@@ -92,7 +92,9 @@ def test_a_sampler_with_other_probabilities_is_corrected():
     cases.same(got, want)
     biased = cases.expected_gradient(policy, sampled(teacher, sampler_cap=None), cases.draw_of(ys))
     assert (biased - want).abs().max() > 1e-3
-    # MiniLLM's first part needs no weight, and a single token has no future.
+    # MiniLLM's first part has no weight, and a single token has no future.
+    alone = cases.expected_gradient(policy, MiniLLM(teacher, divisor="sequences"), cases.draw_of(ys[:1]))
+    cases.same(alone, cases.exact_gradient(policy, teacher, kl.reverse_kl, ys[:1]))
     cases.same(
         cases.expected_gradient(policy, MiniLLM(teacher, divisor="sequences"), cases.draw_of(ys)),
         want,

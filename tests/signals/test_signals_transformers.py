@@ -132,7 +132,7 @@ def test_the_teacher_is_told_more_in_its_own_prompt(hint, words):
     task, y = asked(text)
     seen = HintedPrompt(text, hint)(task, y)
     shown, own = text.decode(seen.token_ids), text.decode(y.token_ids)
-    assert words in shown and words not in own and "2+2?" in shown
+    assert words in shown and words not in own and shown.count("2+2?") == 1
     assert seen.token_ids[-2:] == y.token_ids[-2:] and seen.num_targets == y.num_targets == 2
     assert shown.endswith("<|im_start|>assistant\n4!")
 
