@@ -42,10 +42,10 @@ def packed(documents: list[torch.Tensor]) -> Packed:
     return Packed(torch.cat(documents)[None], position[None], bounds)
 
 
-@pytest.mark.parametrize("short", [0, 256], ids=["one by one", "together"])
+@pytest.mark.parametrize("way", ["kernel", "products", "together"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_documents_do_not_see_each_other(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_attention, "SHORT", short)
+def test_documents_do_not_see_each_other(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "choose_way", lambda query, lengths: way)
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float64)).eval()
     documents = [torch.randint(0, 40, (n,)) for n in (7, 1, 12, 3)]
@@ -56,9 +56,9 @@ def test_documents_do_not_see_each_other(name: str, short: int, monkeypatch: pyt
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("short", [0, 256], ids=["one by one", "together"])
-def test_gradients_are_those_of_the_documents_alone(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_attention, "SHORT", short)
+@pytest.mark.parametrize("way", ["kernel", "products", "together"])
+def test_gradients_are_those_of_the_documents_alone(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "choose_way", lambda query, lengths: way)
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float64))
     documents = [torch.randint(0, 40, (n,)) for n in (7, 1, 12, 3)]
@@ -74,3 +74,32 @@ def test_gradients_are_those_of_the_documents_alone(short: int, monkeypatch: pyt
     alone = gradients(sum(body(d[None], use_cache=False).last_hidden_state.pow(2).sum() for d in documents))
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_bfloat16_ways_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents on both sides of the limit: each way is as near to float64 as bfloat16 allows."""
+    monkeypatch.setattr(packed_attention, "PRODUCTS", 12)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 43, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 12, 42, 43], dtype=torch.int32)
+
+    def attended(dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
+        mixed, _ = packed_attention.packed_attention(torch.nn.Module(), *given, None, 0.3, cu_seq_lens_q=bounds)
+        mixed.square().sum().backward()
+        return [mixed.detach().double(), *[x.grad.double() for x in given if x.grad is not None]]
+
+    exact, products = attended(torch.float64), attended(torch.bfloat16)
+    monkeypatch.setattr(packed_attention, "choose_way", lambda query, lengths: "kernel")
+    for a, b, c in zip(exact, products, attended(torch.bfloat16), strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
+        assert (a - b).norm() < 2 * (a - c).norm()
+
+
+def test_products_are_for_training_in_bfloat16() -> None:
+    query = torch.zeros(1, 1, 4, 2, dtype=torch.bfloat16, requires_grad=True)
+    assert packed_attention.choose_way(query, [4]) == "products"
+    assert packed_attention.choose_way(query.detach(), [4]) == "kernel"
+    assert packed_attention.choose_way(query.float(), [4]) == "kernel"
+    with torch.no_grad():
+        assert packed_attention.choose_way(query, [4]) == "kernel"
