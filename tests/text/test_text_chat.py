@@ -73,6 +73,14 @@ def test_spans_of_a_prompt_say_who_wrote_them(chats):
     assert template.startswith("<|im_start|>system\n") and template.endswith("<|im_start|>assistant\n")
 
 
+def test_text_that_a_template_trims_is_found_where_it_is_and_not_where_it_looks_the_same(chats):
+    chat = chats("llama3")
+    spans = chat.render_prompt(task([{"role": "user", "content": "  user\n"}]))
+    before, said, _ = spans
+    assert chat.decode(before.token_ids).endswith("user<|end_header_id|>\n\n")
+    assert (chat.decode(said.token_ids), said.author) == ("user", "user")
+
+
 def test_a_system_prompt_that_the_template_adds_is_the_templates(chats):
     spans = chats("smollm2").render_prompt(task(QUESTION))
     assert [s.author for s in spans] == ["template", "user", "template"]
