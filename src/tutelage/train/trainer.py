@@ -17,10 +17,14 @@ from torch import Tensor
 from tutelage.data.collate import Batch, collate
 from tutelage.data.pack import microbatches
 from tutelage.errors import NumericsError
-from tutelage.numerics.logprobs import entropy, shape_logits, target_logprobs
+from tutelage.numerics.logprobs import shape_logits, target_logprobs
 from tutelage.train.distributed import Processes
 from tutelage.train.optim import Optimizer, learning_rate
 from tutelage.types import Signal, StepRecord, TargetRow, Targets, Trajectory, seed_for
+
+
+OF_SIGNAL = "signal:"
+"""Marks sums that a signal keeps for itself (`take_sums`), to be turned into its own metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,8 @@ class Trainer:
             sums["tokens"] += sum(r.trajectory.num_tokens for r in part)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
+        if (take_sums := getattr(signal, "take_sums", None)) is not None:
+            sums |= {f"{OF_SIGNAL}{name}": float(value) for name, value in take_sums().items()}
         sums = self.processes.sum_numbers(sums)
         if not math.isfinite(sums["loss"]):
             raise NumericsError(
@@ -140,6 +146,10 @@ class Trainer:
             "data/num_trajectories": float(len(trained)),
         }
         known = {"loss", "entropy", "correct", "targets", "tokens"}
+        own = {name[len(OF_SIGNAL) :]: value for name, value in sums.items() if name.startswith(OF_SIGNAL)}
+        if own:
+            out |= signal.metrics(own)  # type: ignore[attr-defined]
+        known |= {name for name in sums if name.startswith(OF_SIGNAL)}
         out |= {f"train/{name}": value / n for name, value in sums.items() if name not in known}
         return out
 
@@ -212,11 +222,16 @@ def _shaped_logprobs(logits_CV: Tensor, columns: Mapping[str, Tensor]) -> Tensor
 
 
 def target_stats(student_logits_CV: Tensor, targets_C: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Sums over a chunk: targets, exact entropy (nats), and targets that are the model's most likely token."""
+    """Sums over a chunk: targets, exact entropy (nats), and targets no token is more likely than."""
     is_trained_C = targets_C["weight_C"] != 0
-    hit_C = student_logits_CV.argmax(-1) == targets_C["target_ids_C"]
+    # As `numerics.entropy` and an argmax would have it, in fewer passes over the vocabulary.
+    logprobs_CV = student_logits_CV.log_softmax(-1)
+    hit_C = logprobs_CV.gather(-1, targets_C["target_ids_C"].unsqueeze(-1)).squeeze(-1) >= logprobs_CV.amax(-1)
+    probs_CV = logprobs_CV.exp()
+    lowest = torch.finfo(logprobs_CV.dtype).min  # 0 * -inf is nan, 0 * lowest is 0
+    entropy_C = probs_CV.mul_(logprobs_CV.clamp_min_(lowest)).sum(-1).neg_()
     return {
         "targets": is_trained_C.sum(),
-        "entropy": torch.where(is_trained_C, entropy(student_logits_CV), 0.0).sum(),
+        "entropy": torch.where(is_trained_C, entropy_C, 0.0).sum(),
         "correct": (hit_C & is_trained_C).sum(),
     }

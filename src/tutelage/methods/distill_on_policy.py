@@ -1,0 +1,110 @@
+"""On-policy distillation: the student samples, the teacher grades every token."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.methods.card import Card
+from tutelage.methods.settings import (
+    DataSettings,
+    Fraction,
+    Positive,
+    RolloutSettings,
+    Settings,
+    TaskSettings,
+    TrainSettings,
+    VerifierSettings,
+)
+from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
+from tutelage.sources import Drawn
+from tutelage.sources.gkd import StudentShare
+from tutelage.train.loop import Stage
+from tutelage.types import Source
+
+if TYPE_CHECKING:
+    from tutelage.methods.workbench import Workbench
+
+CARD = Card(
+    name="distill_on_policy",
+    title="On-policy distillation",
+    what="The student samples its own trajectories and the teacher grades them densely, at every token.",
+    source="Drawn(student), or a share of student rollouts among recorded trajectories (GKD)",
+    signal="TeacherDistribution(reverse KL by default), SampledLogRatio, or MiniLLM",
+    eats="Prompts, and a teacher of the same vocabulary that is really better at the task.",
+    policy="on: the prefixes are the student's own",
+    when="An execution or exposure gap and a better teacher: it removes the mismatch between training and use.",
+    gotcha=(
+        "It needs a teacher whose distribution is close enough to grade the student's prefixes; entropy falls under "
+        "the reverse KL. Promising, with published use in production by some labs; efficiency figures are directional."
+    ),
+    cite=(
+        "GKD arXiv:2306.13649",
+        "MiniLLM arXiv:2306.08543",
+        "DistiLLM arXiv:2402.03898",
+        "thinkingmachines.ai 2025-10-27",
+        "Qwen3 arXiv:2505.09388",
+    ),
+)
+
+LR, LORA_FACTOR = 1e-5, 10.0
+
+
+class DistillOnPolicy(Settings):
+    """Settings of an on-policy distillation stage: many rounds of one update."""
+
+    method: Literal["distill_on_policy"] = "distill_on_policy"
+    name: str = "distill_on_policy"
+    """The stage's name within a plan."""
+    teacher: TeacherSettings
+    tasks: TaskSettings | None = None
+    """Questions the student answers, and the evaluation's."""
+    verifier: VerifierSettings | None = None
+    """Judges the answers of the evaluation; grading does not use it."""
+    data: DataSettings | None = None
+    """Recorded trajectories for the share of prompts that the student does not answer."""
+    student_share: Fraction = 1.0
+    """Share of prompts answered by the student (GKD's lambda); below 1 the rest comes from `data`."""
+    rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=1, prompts_per_round=16))
+    divergence: DivergenceSettings = Field(default_factory=lambda: DivergenceSettings(kind="reverse_kl"))
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings(batch_size=None, schedule="constant"))
+    rounds: Positive = 100
+    """Times to sample, grade and update."""
+
+    @model_validator(mode="after")
+    def _fed(self) -> "DistillOnPolicy":
+        if self.student_share < 1 and self.data is None:
+            raise ValueError(f"student_share={self.student_share:g} needs data for the prompts it does not answer")
+        if self.student_share == 1 and self.tasks is None:
+            raise ValueError("on-policy distillation needs tasks: the prompts that the student answers")
+        return self
+
+
+def build(settings: DistillOnPolicy, bench: "Workbench") -> Stage:
+    """`rounds` rounds of sampling, grading and (by default) one update."""
+    rollout = settings.rollout
+    source: Source
+    if settings.data is not None and settings.student_share < 1:
+        source = StudentShare(
+            bench.demonstrations(settings.data),
+            share=settings.student_share,
+            params=bench.sampling(rollout),
+            n=rollout.n,
+            per_round=rollout.prompts_per_round,
+            rounds=settings.rounds,
+        )
+    else:
+        assert settings.tasks is not None
+        source = Drawn(
+            bench.train_tasks(settings.tasks),
+            n=rollout.n,
+            params=bench.sampling(rollout),
+            per_round=rollout.prompts_per_round,
+            chunk_rows=rollout.chunk_rows,
+        )
+    return Stage(
+        name=settings.name,
+        source=source,
+        signal=bench.teacher_signal(settings.teacher, settings.divergence, settings.train.divisor),
+        trainer=bench.trainer_settings(settings.train, lr=LR, lora_factor=LORA_FACTOR),
+        rounds=settings.rounds,
+    )

@@ -1,0 +1,164 @@
+"""Distillation from config to result on tiny models: every signal, resumed to the same bits; the teacher is checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tutelage.errors import ConfigError, Interrupted
+from tutelage.methods.config import load_config
+from tutelage.methods.job import Job, config_of
+from tutelage.testing.tiny import save_tiny
+from tutelage.train.stop import StopRequest
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("teacher") / "teacher", seed=5)
+
+
+def on_policy(folder: Path, student: Path, master: Path | str, run: str = "run", **more: Any) -> dict[str, Any]:
+    questions = "".join(json.dumps({"question": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(8))
+    (folder / "q.jsonl").write_text(questions)
+    return {
+        "method": "distill_on_policy",
+        "run_dir": str(folder / run),
+        "model": {"name": str(student), "precision": "float32"},
+        "teacher": {"name": str(master), "is_checked": False},
+        "tasks": {"kind": "jsonl", "path": str(folder / "q.jsonl")},
+        "rollout": {"n": 2, "max_new_tokens": 6, "prompts_per_round": 3},
+        "train": {"lr": 3e-3, "batch_size": None, "schedule": "constant", "warmup": 0.0},
+        "evaluation": None,
+        "rounds": 5,
+        **more,
+    }
+
+
+def run(settings: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    config, folder = load_config(settings)
+    return Job(config, folder, **kwargs)()
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in lines]
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        {"kind": "reverse_kl"},
+        {"kind": "forward_kl"},
+        {"kind": "jsd", "beta": 0.9},
+        {"kind": "skew_reverse_kl"},
+        {"kind": "reverse_kl", "estimator": "top_k_tail", "top_k": 8},
+        {"kind": "sampled_reverse_kl"},
+        {"kind": "minillm"},
+    ],
+    ids=lambda d: "-".join(str(v) for v in d.values()),
+)
+def test_on_policy_distillation_with_every_signal(
+    tmp_path: Path, tiny_folder: Path, teacher: Path, divergence: dict[str, Any]
+) -> None:
+    result = run(on_policy(tmp_path, tiny_folder, teacher, divergence=divergence))
+    log = metrics(tmp_path / "run")
+    assert len(log) == 5 == result["counts"]["steps"]
+    assert all(torch.isfinite(torch.tensor(m["train/loss"])) for m in log)
+
+
+def test_the_student_moves_towards_its_teacher(tmp_path: Path, tiny_folder: Path, teacher: Path) -> None:
+    """The reverse KL on its own samples falls by half; with the student as its own average it is 0 at the start."""
+    run(on_policy(tmp_path, tiny_folder, teacher, divergence={"kind": "reverse_kl"}, rounds=40))
+    log = [m["train/loss"] for m in metrics(tmp_path / "run")]
+    assert sum(log[-5:]) < 0.5 * sum(log[:5])
+    run(on_policy(tmp_path, tiny_folder, "average", "own", divergence={"kind": "reverse_kl"}, rounds=2))
+    assert abs(metrics(tmp_path / "own")[0]["train/loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("who", ["model", "average"])
+def test_a_stopped_distillation_resumes_to_the_same_bits(
+    tmp_path: Path, tiny_folder: Path, teacher: Path, who: str
+) -> None:
+    name = teacher if who == "model" else "average"
+    more = {"divergence": {"kind": "reverse_kl"}, "saving": {"every_steps": 2}}
+    if who == "average":
+        more["teacher"] = {"name": "average", "decay": 0.5}
+    run(on_policy(tmp_path, tiny_folder, name, "whole", **more))
+    stop = StopRequest()
+    config, folder = load_config(on_policy(tmp_path, tiny_folder, name, "cut", **more))
+    cut = Job(config, folder, stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == 3 else None)  # type: ignore
+    with pytest.raises(Interrupted):
+        cut()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "divergence", [None, {"kind": "forward_kl", "temperature": 2.0, "alpha": 0.5}], ids=["tokens", "logits"]
+)
+def test_off_policy_distillation_from_the_teachers_answers(
+    tmp_path: Path, tiny_folder: Path, teacher: Path, divergence: dict[str, Any] | None
+) -> None:
+    settings = on_policy(tmp_path, tiny_folder, teacher) | {"method": "distill_off_policy", "divergence": divergence}
+    del settings["rounds"]
+    settings["rollout"] = {"n": 2, "max_new_tokens": 6}
+    settings["train"] |= {"epochs": 10}
+    run(settings)
+    log = [m["train/loss"] for m in metrics(tmp_path / "run")]
+    assert len(log) == 10 and log[-1] < log[0]
+
+
+def test_a_teacher_that_is_not_better_stops_the_run_with_the_numbers(
+    tmp_path: Path, tiny_folder: Path, teacher: Path
+) -> None:
+    (tmp_path / "judge.py").write_text("def judge(task, completion, trajectory):\n    return False\n")
+    more = {
+        "teacher": {"name": str(teacher)},
+        "tasks": {"kind": "jsonl", "path": str(tmp_path / "q.jsonl"), "heldout": 3},
+        "verifier": {
+            "kind": "python",
+            "function": f"{tmp_path}/judge.py:judge",
+            "allow_code_outside": True,
+            "workers": 1,
+        },
+        "evaluation": {"n": 2, "ks": [1], "controls": False},
+        "rounds": 1,
+    }
+    with pytest.raises(ConfigError, match=r"allow_worse=true"):
+        run(on_policy(tmp_path, tiny_folder, teacher, **more))
+    more["teacher"]["allow_worse"] = True
+    run(on_policy(tmp_path, tiny_folder, teacher, "allowed", **more))
+    events = [json.loads(x) for x in (tmp_path / "allowed" / "events.jsonl").read_text().splitlines()]
+    check = next(e for e in events if e["event"] == "teacher_check")
+    assert check["pass@1"]["student"]["value"] == 0.0 and check["on_student_prefixes"]["forward_kl"] > 0
+
+
+def test_another_tokenizer_is_refused(
+    tmp_path: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from tutelage.testing.tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("other") / "other"
+    tiny_model(seed=5).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    swapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    swapped.chat_template = tokenizer.chat_template
+    swapped.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        run(on_policy(tmp_path, tiny_folder, folder, divergence={"kind": "reverse_kl"}))
