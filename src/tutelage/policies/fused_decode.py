@@ -1,13 +1,13 @@
 """Decoding written out for Llama-shaped models: packed weights, grouped attention over a preallocated cache.
 
-`FusedEngine` prefills with the model's own forward and decodes with the same arithmetic in fewer operations: query, key
-and value in one product, gate and up in one, weights laid out once for the matrix kernels, the cache written in place.
+`FusedEngine` does the model's arithmetic in fewer operations: query, key and value in one product, gate and up in one,
+weights laid out once for the matrix kernels, the cache written in place.
 It covers Llama, Mistral without a sliding window, Qwen2 and Qwen3, with LoRA adapters folded in. The weights are
 snapshots: `refresh` takes them again when the model's have changed, and the sampler calls it at every draw.
 
 Dimension letters in this file:
-  A  rows now in the batch    R  rows of a pool    C  columns of a pool    N  key/value heads    D  head width
-  K  layers    E  hidden width    V  vocabulary    Q  all query and key heads    F  output features
+  A  rows now in the batch    P  prompts    L  tokens of a prompt    N  tokens that go through a layer together
+  E  hidden width    F  output features    Q  query heads    H  key/value heads    D  head width    V  vocabulary
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tutelage.policies.kvcache import PlainEngine, RowPools, RowState, can_share_cache
+from tutelage.policies.kvcache import RowPools
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -42,7 +42,7 @@ def fused_refusal(model: Any) -> str | None:
         reason = _linear_refusal(module)
         if reason is not None:
             return f"{name}: {reason}"
-    return can_share_cache(model)
+    return None
 
 
 def _linear_modules(model: Any) -> list[tuple[str, Any]]:
@@ -138,7 +138,6 @@ class FusedEngine:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._plain = PlainEngine(model)
         config = model.config
         attention = model.model.layers[0].self_attn
         self._head_width = int(attention.head_dim)
@@ -148,7 +147,8 @@ class FusedEngine:
         self._eps = float(config.rms_norm_eps)
         self._fingerprint: tuple[Any, ...] | None = None
         self._layers: list[_Layer] = []
-        self._head: Linear = lambda x: x
+        self._head: Linear
+        self._norm: Tensor
         self._pools = RowPools(len(model.model.layers), self._num_keys, self._head_width, model.dtype, model.device)
         self.refresh()
 
@@ -171,80 +171,106 @@ class FusedEngine:
             )
             for layer in model.model.layers
         ]
+        self._norm = model.model.norm.weight.detach().clone()
         self._head = packed_linear([model.lm_head], batch)
         self._fingerprint = now
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Any]]:
-        logits_PV, states = self._plain.prefill(prompts)
-        return logits_PV, [(s.length, _stacked(s)) for s in states]
+        device = self._model.device
+        lengths_P = torch.tensor([len(p) for p in prompts], device=device)
+        num_prompts, longest = len(prompts), int(lengths_P.max())
+        # Padded on the right: under a causal mask no token of a prompt sees what comes after it.
+        ids_PL = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+        positions_N = torch.arange(longest, device=device).repeat(num_prompts)
+        kept = torch.empty(
+            (2, len(self._layers), num_prompts, longest, self._num_keys, self._head_width),
+            dtype=self._model.dtype,
+            device=device,
+        )
+
+        def attend(index: int, queries_NQD: Tensor, keys_NHD: Tensor, values_NHD: Tensor) -> Tensor:
+            queries, keys, values = (
+                x.unflatten(0, (num_prompts, longest)) for x in (queries_NQD, keys_NHD, values_NHD)
+            )
+            kept[0, index], kept[1, index] = keys, values
+            attended = functional.scaled_dot_product_attention(
+                queries.transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                is_causal=True,
+                scale=self._scaling,
+                enable_gqa=True,
+            )
+            return attended.transpose(1, 2)
+
+        hidden_NE = self._layers_forward(ids_PL.flatten(), positions_N, attend)
+        last_PE = hidden_NE[torch.arange(num_prompts, device=device) * longest + lengths_P - 1]
+        states = [(len(p), kept[:, :, r, : len(p)].transpose(2, 3).clone()) for r, p in enumerate(prompts)]
+        return self._logits(last_PE), states
 
     def recompose(self, leaving: Sequence[int], joining: Sequence[Any]) -> list[int]:
         return self._pools.recompose(leaving, joining)
 
     def reset(self) -> None:
         self._pools.reset()
-        self._plain.reset()
 
     def step(self, tokens_A: Sequence[int]) -> Tensor:
-        model = self._model.model
         device = self._model.device
-        pools = self._pools
-        positions_A = torch.tensor(pools.lengths(), device=device)
-        hidden_AE = model.embed_tokens(torch.tensor(tokens_A, device=device))
-        cos, sin = model.rotary_emb(hidden_AE[:, None], position_ids=positions_A[:, None])
-        half = self._head_width // 2
-        # rotate_half(x) * sin = swap(x) * (-sin of the first half, sin of the second)
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        views = pools.open_step()
-        for index, layer in enumerate(self._layers):
-            normed_AE = rms_norm(hidden_AE, layer.norm, self._eps)
-            attended_AE = self._attend(layer, index, layer.qkv(normed_AE), cos, sin, views)
-            hidden_AE = hidden_AE + layer.out(attended_AE)
-            gate, up = layer.gate_up(rms_norm(hidden_AE, layer.mlp_norm, self._eps)).chunk(2, -1)
-            hidden_AE = hidden_AE + layer.down(functional.silu(gate) * up)
-        pools.close_step()
-        return self._head(rms_norm(hidden_AE, model.norm.weight, self._eps))
+        views = self._pools.open_step()
 
-    def _attend(self, layer: _Layer, index: int, qkv_AF: Tensor, cos: Tensor, sin: Tensor, views: Any) -> Tensor:
-        """(A, queries * D) attention of the newest tokens over their rows, which they are added to first."""
-        num_rows, width, half = qkv_AF.shape[0], self._head_width, self._head_width // 2
-        heads = qkv_AF.view(num_rows, -1, width)
-        turning_AQD = heads[:, : self._num_queries + self._num_keys]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys = turning_AQD.split([self._num_queries, self._num_keys], 1)
-            queries, keys = rms_norm(queries, layer.q_norm, self._eps), rms_norm(keys, layer.k_norm, self._eps)
-            turning_AQD = torch.cat([queries, keys], 1)
-        swapped_AQD = torch.cat([turning_AQD[..., half:], turning_AQD[..., :half]], -1)
-        turned_AQD = (turning_AQD * cos).addcmul_(swapped_AQD, sin)
-        values_AND = heads[:, self._num_queries + self._num_keys :]
-        parts = []
-        for view in views:
-            rows = slice(view.start, view.stop)
-            keys_RNCD, values_RNCD = view.append(index, turned_AQD[rows, self._num_queries :], values_AND[rows])
-            parts.append(
-                functional.scaled_dot_product_attention(
-                    turned_AQD[rows, : self._num_queries, None],
-                    keys_RNCD,
-                    values_RNCD,
-                    attn_mask=view.mask,
-                    scale=self._scaling,
-                    enable_gqa=True,
+        def attend(index: int, queries_AQD: Tensor, keys_AHD: Tensor, values_AHD: Tensor) -> Tensor:
+            parts = []
+            for view in views:
+                rows = slice(view.start, view.stop)
+                keys, values = view.append(index, keys_AHD[rows], values_AHD[rows])
+                parts.append(
+                    functional.scaled_dot_product_attention(
+                        queries_AQD[rows, :, None],
+                        keys,
+                        values,
+                        attn_mask=view.mask,
+                        scale=self._scaling,
+                        enable_gqa=True,
+                    )
                 )
-            )
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return attended.reshape(num_rows, -1)
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        positions_A = torch.tensor(self._pools.lengths(), device=device)
+        hidden_AE = self._layers_forward(torch.tensor(tokens_A, device=device), positions_A, attend)
+        self._pools.close_step()
+        return self._logits(hidden_AE)
+
+    def _layers_forward(self, ids_N: Tensor, positions_N: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """(N, E) after every layer, for tokens at these positions; `attend` is told the layer and its q, k, v."""
+        inner = self._model.model
+        hidden_NE: Tensor = inner.embed_tokens(ids_N)
+        num_tokens, half = len(ids_N), self._head_width // 2
+        cos_N1D, sin_N1D = (x[0, :, None] for x in inner.rotary_emb(hidden_NE[None], position_ids=positions_N[None]))
+        # rotate_half(x) * sin = swap(x) * (-sin of the first half, sin of the second)
+        sin_N1D = torch.cat([-sin_N1D[..., :half], sin_N1D[..., half:]], -1)
+        split = (self._num_queries + self._num_keys, self._num_keys)
+        for index, layer in enumerate(self._layers):
+            heads = layer.qkv(rms_norm(hidden_NE, layer.norm, self._eps)).view(num_tokens, -1, self._head_width)
+            turning_NQD, values_NHD = heads.split(split, 1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                queries, keys = turning_NQD.split([self._num_queries, self._num_keys], 1)
+                queries, keys = rms_norm(queries, layer.q_norm, self._eps), rms_norm(keys, layer.k_norm, self._eps)
+                turning_NQD = torch.cat([queries, keys], 1)
+            swapped_NQD = torch.cat([turning_NQD[..., half:], turning_NQD[..., :half]], -1)
+            turned_NQD = (turning_NQD * cos_N1D).addcmul_(swapped_NQD, sin_N1D)
+            attended = attend(index, *turned_NQD.split([self._num_queries, self._num_keys], 1), values_NHD)
+            hidden_NE = hidden_NE + layer.out(attended.reshape(num_tokens, -1))
+            gate, up = layer.gate_up(rms_norm(hidden_NE, layer.mlp_norm, self._eps)).chunk(2, -1)
+            hidden_NE = hidden_NE + layer.down(functional.silu(gate) * up)
+        return hidden_NE
+
+    def _logits(self, hidden_NE: Tensor) -> Tensor:
+        return self._head(rms_norm(hidden_NE, self._norm, self._eps))
 
 
 def _norm_weight(attention: Any, name: str) -> Tensor | None:
     module = getattr(attention, name, None)
     return None if module is None else module.weight.detach().clone()
-
-
-def _stacked(state: RowState) -> Tensor:
-    """(2, K, N, L, D): keys and values of one prompt in every layer."""
-    keys = [layer.keys[0] for layer in state.layers if layer.keys is not None]
-    values = [layer.values[0] for layer in state.layers if layer.values is not None]
-    return torch.stack([torch.stack(keys), torch.stack(values)])
 
 
 def weights_fingerprint(model: Any) -> tuple[Any, ...]:
