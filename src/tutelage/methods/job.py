@@ -17,11 +17,17 @@ from tutelage.data.quarantine import Quarantine
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError
 from tutelage.evals import EvalResult, compare, compare_controls, evaluate
+from tutelage.evals.teacher_check import check_teacher
 from tutelage.methods import METHODS
 from tutelage.methods.config import RunConfig, dump_config, load_config
+from tutelage.methods.costs import run_ledger
+from tutelage.methods.handover import export_handover, following
+from tutelage.methods.teacher_settings import TeacherSettings
 from tutelage.methods.workbench import Confirm, Workbench, with_examples
 from tutelage.policies import smollm2
 from tutelage.policies.policy import check_forward
+from tutelage.policies.teachers import SelfTeacher
+from tutelage.signals.routing import with_hint
 from tutelage.train.distributed import Processes
 from tutelage.train.loop import Stage, describe, run_plan
 from tutelage.train.run_directory import RunDirectory, write_atomically
@@ -126,6 +132,7 @@ class Job:
         if measuring is not None:
             before = self._evaluation("before", measuring)
             controls = self._controls(measuring, before)
+        self._check_teachers(measuring, before)
         session = self._session()
         resumed = session.resume() if self.is_resume else False
         if self.is_resume:
@@ -133,13 +140,22 @@ class Job:
         self._timed("plan", lambda: run_plan(stages, session))
         if self.processes.is_first:
             self._timed("save", lambda: self.bench.save_final(self.root / "model"))
+            self._timed("hand over", lambda: export_handover(self.config, self.root, self.bench))
         self.processes.wait()
         after = self._evaluation("after", measuring) if measuring is not None else None
         return self._result(session, before, after, controls)
 
     def build_plan(self) -> list[Stage]:
         """The config's stages as sources and signals."""
-        return self._timed("build", lambda: [METHODS[s.method].build(s, self.bench) for s in self.config.stages])
+
+        def build() -> list[Stage]:
+            plan = []
+            for settings in self.config.stages:
+                plan.append(METHODS[settings.method].build(settings, self.bench))
+                plan += following(settings, self.bench)
+            return plan
+
+        return self._timed("build", build)
 
     def _timed(self, name: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()
@@ -168,7 +184,7 @@ class Job:
 
     def _session(self) -> Session:
         saving = self.config.saving
-        return Session(
+        session = Session(
             run=self.run,
             trainer=self.bench.trainer,
             weights=self.bench.weights(),
@@ -178,7 +194,10 @@ class Job:
             progress=self.progress.inner,
             stop=self.stop,
             max_logprob_gap=self.config.max_logprob_gap,
+            ledger=run_ledger(self.bench),
         )
+        self.bench.steps_done = lambda: session.cursor.total_steps
+        return session
 
     def _check_model(self, stages: Sequence[Stage]) -> None:
         """Training's logits are the model's own, packed or padded, before anything is trained."""
@@ -267,6 +286,55 @@ class Job:
             controls[f"base, {len(measuring.examples)} worked examples ({best_metric})"] = (few, best_metric)
         return controls
 
+    def _check_teachers(self, measuring: Measuring | None, before: EvalResult | None) -> None:
+        """A teacher must be better at the task, as it will be used; an average of the student is exempt, visibly.
+
+        Raises:
+            ConfigError: it is not better; the message has both scores with their intervals.
+        """
+        for i, settings in enumerate(self.config.stages):
+            teacher = getattr(settings, "teacher", None)
+            if teacher is None or not teacher.is_checked or teacher.cache is not None:
+                continue
+            if teacher.is_own_average or measuring is None or before is None:
+                why = "an average of the student" if teacher.is_own_average else "no held-out questions with a verifier"
+                self.run.log_event("teacher_check", {"stage": i, "teacher": teacher.name, "skipped": why})
+                continue
+            path = self.root / "evaluation" / f"teacher-check-{i}.json"
+            if path.exists():
+                continue
+            result = self._teacher_evaluation(i, teacher, measuring)
+            report = check_teacher(
+                SelfTeacher(self.bench.policy),
+                self.bench.teacher(teacher),
+                student_result=before,
+                teacher_result=result,
+                teacher_trajectories=[] if teacher.hint else result.trajectories[:32],
+                student_trajectories=[] if teacher.hint else before.trajectories[:32],
+                allow_worse=teacher.allow_worse,
+            )
+            self.run.log_event("teacher_check", {"stage": i, "teacher": teacher.name, **report.to_json()})
+            if self.processes.is_first:
+                write_atomically(path, json.dumps(report.to_json()))
+
+    def _teacher_evaluation(self, stage: int, teacher: TeacherSettings, measuring: Measuring) -> EvalResult:
+        settings = self.config.evaluation
+        assert settings is not None
+        name = "student" if teacher.name == "self" else teacher.name
+        tasks = [with_hint(teacher.hint)(t) for t in measuring.tasks] if teacher.hint else measuring.tasks
+        return evaluate(
+            self.bench.sampler(name, "teacher"),
+            tasks,
+            measuring.verifier,
+            text=self.bench.text,
+            n=settings.n,
+            params=measuring.params,
+            seed=settings.seed,
+            ks=(1,),
+            greedy=False,
+            progress=self.progress,
+        )
+
     # -- the result ----------------------------------------------------------------------------
 
     def _result(
@@ -289,6 +357,7 @@ class Job:
                 "tokens_trained": session.num_tokens["trained"],
                 "quarantined": self.bench.quarantine.count if self.bench.quarantine else 0,
             },
+            "ledger": None if session.ledger is None else session.ledger.summary(),
             "times_s": {},
         }
         if before is not None and after is not None:

@@ -2,20 +2,9 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
 from tutelage.methods.card import Card
-from tutelage.methods.settings import (
-    KeepSettings,
-    Positive,
-    RolloutSettings,
-    Settings,
-    TaskSettings,
-    TrainSettings,
-    VerifierSettings,
-)
-from tutelage.signals import HardTargets
-from tutelage.sources import Accepted, Drawn, Judged
+from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.sources import Accepted, Judged
 from tutelage.train.loop import Stage
 
 if TYPE_CHECKING:
@@ -44,43 +33,16 @@ CARD = Card(
     ),
 )
 
-LR, LORA_FACTOR = 3e-5, 10.0
 
-
-class RejectionSampling(Settings):
+class RejectionSampling(Imitation):
     """Settings of a rejection-sampling stage."""
 
     method: Literal["rejection_sampling"] = "rejection_sampling"
     name: str = "rejection_sampling"
     """The stage's name within a plan."""
-    tasks: TaskSettings
-    verifier: VerifierSettings
-    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
-    keep: KeepSettings = Field(default_factory=KeepSettings)
-    train: TrainSettings = Field(default_factory=lambda: TrainSettings(epochs=2, schedule="constant"))
-    rounds: Positive = 2
-    """Times to sample, keep and train."""
-    draw_from: str = "current"
-    """Whose samples: current, base, stage:NAME, or another model."""
-    start_from: str = "previous"
-    """What each round trains: previous (RAFT, ReST) or base (STaR, ReST-EM, RFT)."""
 
 
 def build(settings: RejectionSampling, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, judging, keeping and training."""
-    drawn = Drawn(
-        bench.train_tasks(settings.tasks),
-        n=settings.rollout.n,
-        params=bench.sampling(settings.rollout),
-        per_round=settings.rollout.prompts_per_round,
-        chunk_rows=settings.rollout.chunk_rows,
-    )
-    return Stage(
-        name=settings.name,
-        source=Accepted(Judged(drawn, bench.verifier(settings.verifier)), bench.keep(settings.keep)),
-        signal=HardTargets(divisor=settings.train.divisor),
-        trainer=bench.trainer_settings(settings.train, lr=LR, lora_factor=LORA_FACTOR),
-        rounds=settings.rounds,
-        draw_from=settings.draw_from,
-        start_from=settings.start_from,
-    )
+    judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
+    return stage_of(settings, bench, Accepted(judged, bench.keep(settings.keep)))

@@ -169,6 +169,58 @@ class KeepSettings(Settings):
     """At most this many of a prompt."""
     order: Literal["shortest", "sampled"] = "shortest"
     """Which come first where a rule must choose."""
+    random_budget: bool = False
+    """The control arm: as many as the rules would keep, drawn by lot among all samples of the prompt."""
+
+
+class ProbeSettings(Settings):
+    """The fixed probe set that the regression gate and the graduation monitor look at."""
+
+    questions: Positive = 64
+    """How many: the first held-out questions, or training questions where none are held out. Graduation takes 128."""
+    n: Positive = 8
+    """Samples a question, at temperature 1. Graduation takes 16."""
+    every_steps: int = Field(0, ge=0)
+    """Graduation: also probe within a round, every this many updates. 0 probes after rounds only."""
+    max_new_tokens: Positive | None = None
+    """Longest answer; None is the rollout's."""
+
+
+class GraduationThresholds(Settings):
+    """When imitation has stopped paying; docs/graduation.md says where each number comes from."""
+
+    min_tasks: Positive = 128
+    """Probe questions below which nothing but narrowing is decided."""
+    min_samples: Positive = 16
+    """Samples a question below which nothing but narrowing is decided."""
+    entropy_ratio: float = Field(0.25, gt=0)
+    """G1: entropy over its first value."""
+    entropy_slope: float = Field(0.02, ge=0)
+    """G1: largest change of entropy per probe, as a share of the first."""
+    slope_probes: Positive = 3
+    """G1: probes the slope is fitted over."""
+    ceiling_points: Positive = 5
+    """G2: fewest probes for the entropy fit."""
+    min_gain: float = Field(0.01, ge=0)
+    """G2, G3: a gain of pass@1 not worth going on for."""
+    min_gain_of_first: float = Field(0.25, ge=0)
+    """G3: the same as a share of the first probe's gain."""
+    plateau_probes: Positive = 3
+    """G3: probes the gain is measured over."""
+    headroom: float = 0.10
+    """G4: pass@k - pass@1 that leaves RL something to sharpen."""
+    coverage_k: Positive = 16
+    """G4: its k."""
+    group: Positive = 8
+    """G5: samples a prompt that RL will use."""
+    min_mixed: Fraction = 0.30
+    """G5: least share of groups with both outcomes."""
+    max_same: Fraction = 0.50
+    """G5: most groups all wrong, and most all right."""
+    agree: Positive = 2
+    """So many of the last `of` probes must say the same."""
+    of: Positive = 3
+    """Probes looked at."""
 
 
 class TrainSettings(Settings):

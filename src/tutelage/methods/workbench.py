@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tutelage.data import demos
 from tutelage.data import tasks as task_sets
+from tutelage.data.logit_cache import LogitCache
 from tutelage.data.quarantine import Quarantine
 from tutelage.errors import ConfigError, DataError, TemplateError
 from tutelage.methods.config import RunConfig
@@ -27,16 +28,26 @@ from tutelage.methods.settings import (
     TrainSettings,
     VerifierSettings,
 )
-from tutelage.policies.load import load_model, load_tokenizer, save_model
+from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
+from tutelage.policies.load import load_model, load_tokenizer, resolve_model, save_model
 from tutelage.policies.policy import Policy, add_lora, merged_copy
 from tutelage.policies.sampler import InProcessSampler
+from tutelage.policies.teachers import (
+    AveragedTeacher,
+    InProcessTeacher,
+    SelfTeacher,
+    check_stop_ids,
+    check_vocabulary,
+)
+from tutelage.signals import HintedPrompt, MiniLLM, SampledLogRatio, TeacherDistribution
+from tutelage.signals.routing import with_hint
 from tutelage.sources import Keep
 from tutelage.text import ChatText
 from tutelage.train.distributed import Processes
 from tutelage.train.optim import Optimizer
 from tutelage.train.session import Weights
 from tutelage.train.trainer import Trainer, TrainerSettings
-from tutelage.types import Group, Sampler, SamplingParams, Task, Trajectory, Verifier, content_hash
+from tutelage.types import Group, Sampler, SamplingParams, Signal, Task, Trajectory, Verifier, content_hash
 from tutelage.verifiers import build_verifier
 
 Confirm = Callable[[str], bool]
@@ -65,9 +76,13 @@ class Workbench:
         self.confirm = confirm
         self.notes: list[str] = []
         """What was decided or changed on the way, for the person who runs it."""
+        self.steps_done: Callable[[], int] = lambda: 0
+        """Updates so far; the run sets it once it has begun."""
         self._task_sets: dict[str, tuple[list[Task], list[Task]]] = {}
         self._verifiers: dict[str, Verifier] = {}
         self._samplers: dict[str, InProcessSampler] = {}
+        self._teachers: dict[str, Any] = {}
+        self._teacher_policies: dict[str, Policy] = {}
 
     # -- the model -----------------------------------------------------------------------------
 
@@ -218,9 +233,11 @@ class Workbench:
             sampler.version = version
             return sampler
         if name not in self._samplers:
-            path = self.model_path if name == "base" else name
-            model = load_model(path, dtype=self.precision, device=self.device)
-            self._samplers[name] = self._make_sampler(model, "student" if name == "base" else name, rollout)
+            if name == "base":
+                model, author = load_model(self.model_path, dtype=self.precision, device=self.device), "student"
+            else:
+                model, author = self.teacher_policy(name).model, name
+            self._samplers[name] = self._make_sampler(model, author, rollout)
         return self._samplers[name]
 
     def _make_sampler(self, model: Any, author: str, rollout: RolloutSettings) -> InProcessSampler:
@@ -238,12 +255,89 @@ class Workbench:
                 return found
         return RolloutSettings()
 
+    def base_scorer(self) -> InProcessTeacher:
+        """The model the run began with, as a scorer of tokens."""
+        if "base" not in self._teachers:
+            model = load_model(self.model_path, dtype=self.precision, device=self.device)
+            self._teachers["base"] = InProcessTeacher(model, name="base", processes=self.processes)
+        scorer: InProcessTeacher = self._teachers["base"]
+        return scorer
+
     def sampling(self, rollout: RolloutSettings) -> SamplingParams:
         return SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             max_new_tokens=rollout.max_new_tokens,
             stop=rollout.stop,
+        )
+
+    # -- teachers ------------------------------------------------------------------------------
+
+    def teacher(self, settings: TeacherSettings) -> Any:
+        """The teacher as the signals use it, its vocabulary checked against the student's by content.
+
+        Raises:
+            ConfigError: another tokenizer, or another end-of-turn token.
+        """
+        key = settings.model_dump_json()
+        if key not in self._teachers:
+            self._teachers[key] = self._make_teacher(settings)
+        return self._teachers[key]
+
+    def _make_teacher(self, settings: TeacherSettings) -> Any:
+        if settings.cache is not None:
+            width = self.policy.output_layer.weight_VD.shape[0]
+            return LogitCache(self.path(settings.cache), tokenizer=self.text.fingerprint, vocab_size=width)
+        if settings.name == "self":
+            return SelfTeacher(self.policy, processes=self.processes)
+        if settings.is_own_average:
+            return AveragedTeacher(self.policy, decay=settings.decay, processes=self.processes)
+        policy = self.teacher_policy(settings.name, settings.precision)
+        text = ChatText.from_pretrained(resolve_model(self.beside(settings.name))[0])
+        widths = (self.policy.output_layer.weight_VD.shape[0], policy.output_layer.weight_VD.shape[0])
+        shared = check_vocabulary(self.text, text, student_width=widths[0], teacher_width=widths[1])
+        check_stop_ids(self.text.stop_ids, text.stop_ids)
+        return InProcessTeacher(policy, name=settings.name, vocab_size=shared, processes=self.processes)
+
+    def teacher_policy(self, name: str, precision: str = "auto") -> Policy:
+        """The teacher's model, loaded once: it samples and grades with the same weights."""
+        if name not in self._teacher_policies:
+            dtype = self.precision if precision == "auto" else precision
+            model = load_model(self.beside(name), dtype=dtype, device=self.device)
+            self._teacher_policies[name] = Policy(model)
+        return self._teacher_policies[name]
+
+    def beside(self, name: str) -> str:
+        """A model's name, as a path where there is such a folder beside the config (a run's folder: its model)."""
+        for folder in (self.folder / name, Path(name)):
+            if (folder / "model" / "config.json").exists():
+                return str(folder / "model")
+            if folder.is_dir():
+                return str(folder)
+        return name
+
+    def teacher_signal(self, teacher: TeacherSettings, d: DivergenceSettings, divisor: Any) -> Signal:
+        """What is learned from the teacher's distribution."""
+        view = HintedPrompt(self.text, with_hint(teacher.hint)) if teacher.hint else None
+        who = self.teacher(teacher)
+        if d.kind == "sampled_reverse_kl":
+            clip = (d.clip, d.clip) if d.clip else None
+            return SampledLogRatio(who, clip=clip, discount=d.discount, divisor=divisor, view=view)
+        if d.kind == "minillm":
+            return MiniLLM(who, divisor=divisor, view=view)
+        return TeacherDistribution(
+            who,
+            d.kind,
+            estimator=d.estimator,
+            top_k=d.top_k,
+            beta=d.beta,
+            normalised=d.is_normalised,
+            skew=d.skew,
+            alpha=d.alpha,
+            temperature=d.temperature,
+            t_squared=d.t_squared,
+            divisor=divisor,
+            view=view,
         )
 
     # -- data ----------------------------------------------------------------------------------
@@ -329,18 +423,23 @@ class Workbench:
         """Raises ConfigError where its code lies outside the project and nobody allowed it."""
         key = settings.model_dump_json()
         if key not in self._verifiers:
-            options: dict[str, Any] = dict(settings.options)
-            for name in ("function", "pattern", "extract"):
-                if (value := getattr(settings, name)) is not None:
-                    options[name] = value
-            options["limits"] = {"time_s": settings.time_limit_s, "memory_bytes": settings.memory_limit_mb << 20}
-            options["reject_truncated"] = not settings.accept_truncated
-            if settings.workers:
-                options["workers"] = settings.workers
-            if settings.kind == "python":
-                options["allow_outside_code"] = settings.allow_code_outside or self._is_allowed(settings)
-            self._verifiers[key] = build_verifier(settings.kind, options, root=self.folder)
+            kind, options = self.verifier_options(settings)
+            self._verifiers[key] = build_verifier(kind, options, root=self.folder)
         return self._verifiers[key]
+
+    def verifier_options(self, settings: VerifierSettings) -> tuple[str, dict[str, Any]]:
+        """What `build_verifier` is called with."""
+        options: dict[str, Any] = dict(settings.options)
+        for name in ("function", "pattern", "extract"):
+            if (value := getattr(settings, name)) is not None:
+                options[name] = value
+        options["limits"] = {"time_s": settings.time_limit_s, "memory_bytes": settings.memory_limit_mb << 20}
+        options["reject_truncated"] = not settings.accept_truncated
+        if settings.workers:
+            options["workers"] = settings.workers
+        if settings.kind == "python":
+            options["allow_outside_code"] = settings.allow_code_outside or self._is_allowed(settings)
+        return settings.kind, options
 
     def _is_allowed(self, settings: VerifierSettings) -> bool:
         """Ask the person at the terminal, if there is one, before code outside the project is run."""
@@ -361,6 +460,7 @@ class Workbench:
             best_of=settings.best_of,
             cap=settings.cap,
             order=settings.order,
+            random_budget=settings.random_budget,
         )
 
     def demonstrations(self, settings: DataSettings) -> list[Group]:

@@ -169,6 +169,22 @@ class GraduationMonitor:
             )
         return self.update(self._probe(ctx))
 
+    def probe_now(self, ctx: DrawContext) -> MonitorReport:
+        """Probes within a round, where one is `due`.
+
+        Raises:
+            DataError: the monitor was built without a probe.
+        """
+        if self._probe is None:
+            raise DataError("GraduationMonitor.probe_now needs a probe: build it with probe=Prober(...)")
+        return self.update(self._probe(ctx))
+
+    def forget_after(self, step: int) -> None:
+        """The run went back to this step: later probes were of weights that are gone."""
+        while self._history and self._history[-1].step > step:
+            self._seen.forget(self._fresh.pop())
+            del self._history[-1], self._novelties[-1], self._verdicts[-1]
+
     def update(self, probe: Probe) -> MonitorReport:
         """One more probe, and what it means.
 
@@ -183,9 +199,7 @@ class GraduationMonitor:
                 f"{self._history[0].step}); the probe at step {probe.step} has {len(probe.tasks)} tasks, "
                 f"{len(set(probe.task_ids) - set(self._history[0].task_ids))} of them new. Start a new monitor."
             )
-        while self._history and probe.step <= self._history[-1].step:
-            self._seen.forget(self._fresh.pop())
-            del self._history[-1], self._novelties[-1], self._verdicts[-1]
+        self.forget_after(probe.step - 1)
         novelty, fresh = self._seen.add({t.task_id: t.keys for t in probe.tasks})
         self._novelties.append(novelty)
         self._fresh.append(fresh)

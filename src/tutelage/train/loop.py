@@ -23,6 +23,8 @@ class Stage:
     start_from: str = "previous"
     """What each round's training starts from: "previous" (RAFT, ReST), "base" (STaR, ReST-EM, RFT), "stage:NAME"."""
     monitors: Sequence[Monitor] = field(default_factory=tuple)
+    after: str | None = None
+    """Carried out only if the stage before ended with this verdict, e.g. "GRADUATE"; None always."""
 
 
 def run_plan(plan: Sequence[Stage], session: Session) -> None:
@@ -38,6 +40,9 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
     cursor = session.cursor
     while cursor.stage < len(plan):
         stage = plan[cursor.stage]
+        if not session.is_wanted(stage):
+            session.skip()
+            continue
         session.enter(stage)
         while cursor.round < stage.rounds:
             draw = session.draw(stage)
@@ -48,8 +53,7 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
                 targets, stage.signal, stage.trainer, session.place(stage), done=cursor.step
             ):
                 session.after_step(stage, record)
-            reports = [(m, m.after_round(draw, session.context(stage))) for m in stage.monitors]
-            if session.after_round(stage, draw, reports):
+            if session.after_round(stage, draw, session.watch(stage, draw)):
                 break
         session.leave(stage, is_last=cursor.stage + 1 == len(plan))
 

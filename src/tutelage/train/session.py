@@ -4,10 +4,12 @@ After a kill the run goes back to its last checkpoint and does what followed aga
 from their committed chunks, orders and samples from their seeds, logs are cut to where the checkpoint was made.
 """
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,22 @@ from torch import Tensor
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.train import checkpoint
+from tutelage.train.costs import RunLedger
 from tutelage.train.run_directory import RunDirectory
 from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
 from tutelage.train.trainer import Place, Trainer
-from tutelage.types import Draw, DrawContext, Monitor, MonitorReport, Progress, Sampler, StepRecord, Targets, Trajectory
+from tutelage.types import (
+    Draw,
+    DrawContext,
+    Monitor,
+    MonitorReport,
+    Progress,
+    Sampler,
+    StepRecord,
+    Targets,
+    Trajectory,
+    content_hash,
+)
 
 if TYPE_CHECKING:  # the loop imports this module
     from tutelage.train.loop import Stage
@@ -83,19 +97,25 @@ class Session:
         progress: Progress | None = None,
         stop: StopRequest | None = None,
         max_logprob_gap: float | None = 0.5,
+        ledger: RunLedger | None = None,
     ) -> None:
         self.run, self.trainer, self.weights, self.text, self.seed = run, trainer, weights, text, seed
         self.saving = saving or Saving()
         self.stop = stop or StopRequest()
         self.progress = StoppableProgress(progress or Quiet(), self.stop)
         self.max_logprob_gap = max_logprob_gap
+        self.ledger = ledger
+        self._updates: list[list[Trajectory]] = []
         self.cursor = Cursor()
         self.scores: dict[str, float] = {}
         self.num_tokens = {"sampled": 0, "trained": 0}
         self.times_s: dict[str, float] = {"draw": 0.0, "train": 0.0, "watch": 0.0, "save": 0.0}
         self._stage_state: dict[str, Any] = {}
+        self._resumed_from: Path | None = None
         self._round_start: Mapping[str, Any] = {}
         self._empty_rounds = 0
+        self.ended_by = "ROUNDS"
+        """What ended the last stage: its rounds, or a monitor's verdict."""
         self._last_save = (time.monotonic(), 0)
 
     # -- places --------------------------------------------------------------------------------
@@ -124,7 +144,10 @@ class Session:
         )
 
     def sampler(self, stage: "Stage", name: str) -> Sampler:
-        """The sampler a source asks for. "student" is whatever the stage's `draw_from` says."""
+        """The sampler a source asks for. "student" is whatever the stage's `draw_from` says; "policy" is always the
+        weights as they are now: what monitors probe."""
+        if name == "policy":
+            return self.weights.sampler("student", f"stage{self.cursor.stage}-step{self.cursor.total_steps}")
         if name != "student":
             return self.weights.sampler(name, name)
         if self.cursor.step > 0:
@@ -152,13 +175,43 @@ class Session:
         if self._stage_state:
             stage.source.restore(self._stage_state["source"])
             stage.signal.restore(self._stage_state["signal"])
+            load_signal = getattr(stage.signal, "load", None)
+            if load_signal is not None and self._resumed_from is not None:
+                load_signal(self._resumed_from / "signal")
             for monitor, state in zip(stage.monitors, self._stage_state["monitors"], strict=True):
                 monitor.restore(state)
             self._stage_state = {}
         elif self.cursor.stage > 0:
             self.trainer.optimizer.reset()
         if self.cursor.round == 0 and self.cursor.step == 0:
+            self.ended_by = "ROUNDS"
             self.run.log_event("stage", {"stage": self.cursor.stage, "name": stage.name, "rounds": stage.rounds})
+            for monitor in stage.monitors:
+                if (start := getattr(monitor, "start", None)) and (report := self._watched(start, stage)) is not None:
+                    self._log_verdict(monitor, report)
+
+    def is_wanted(self, stage: "Stage") -> bool:
+        """False for a stage that waits for another ending of the one before it. The run then says what it skips."""
+        if stage.after is None or stage.after == self.ended_by:
+            return True
+        why = f"it follows a stage that ends with {stage.after}; the one before ended with {self.ended_by}"
+        self.run.log_event("stage_skipped", {"stage": self.cursor.stage, "name": stage.name, "why": why})
+        return False
+
+    def watch(self, stage: "Stage", draw: Draw) -> list[tuple[Monitor, MonitorReport]]:
+        """Every monitor's opinion at the end of a round."""
+        return [(m, self._watched(partial(m.after_round, draw), stage)) for m in stage.monitors]
+
+    def _watched(self, ask: Callable[[DrawContext], Any], stage: "Stage") -> Any:
+        started = time.perf_counter()
+        report = ask(self.context(stage))
+        self.trainer.policy.use_plain_attention()
+        self.times_s["watch"] += time.perf_counter() - started
+        return report
+
+    def _log_verdict(self, monitor: Monitor, report: MonitorReport) -> None:
+        fields = {"round": self.cursor.round, "monitor": type(monitor).__name__, "verdict": report.verdict}
+        self.run.log_event("verdict", {**fields, "stop": report.should_stop, **report.evidence})
 
     def draw(self, stage: "Stage") -> Draw:
         """The round's draw: from its committed chunks where there are any."""
@@ -168,6 +221,8 @@ class Session:
         self.trainer.policy.use_plain_attention()
         if self.cursor.step == 0:
             self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.author != "recorded")
+            if self.ledger is not None:
+                self.ledger.drawn(draw)
             fields = {"stage": self.cursor.stage, "round": self.cursor.round, "trajectories": len(draw), **draw.stats}
             self.run.log_event("draw", fields)
             if draw.is_on_policy and stage.draw_from == "current":
@@ -220,7 +275,11 @@ class Session:
             self.run.log_event("targets", {"round": self.cursor.round, "divisor": targets.divisor, **targets.stats})
         if any(r.is_trained for r in targets.rows):
             self._empty_rounds = 0
-            total = len(self.trainer.batches(targets.rows, stage.trainer, self.place(stage)))
+            batches = self.trainer.batches(targets.rows, stage.trainer, self.place(stage))
+            total = len(batches)
+            self._updates = [[targets.rows[i].trajectory for i in b if targets.rows[i].is_trained] for b in batches]
+            if self.ledger is not None and self.cursor.step > 0:
+                self.ledger.forget_teacher()
             self.progress.inner.start(f"training, round {self.cursor.round + 1} of {stage.rounds}", total, "updates")
             self.progress.inner.advance(self.cursor.step)
             return targets
@@ -235,7 +294,8 @@ class Session:
             f"{sum(v.is_accepted for v in verdicts)} were accepted and {len(draw.kept())} kept"
             + (f"; verdicts: {top}" if top else "")
         )
-        if (verdicts and not any(v.is_accepted for v in verdicts)) or self._empty_rounds >= 3:
+        is_hopeless = self.cursor.round == 0 and verdicts and not any(v.is_accepted for v in verdicts)
+        if is_hopeless or self._empty_rounds >= 3:
             raise DataError(
                 f"{what}. Sample more per prompt, use easier prompts, check the verifier on a few completions in "
                 f"{self.run.trajectories}, or give demonstrations first (SFT)."
@@ -248,7 +308,8 @@ class Session:
 
         def score(trajectories: Sequence[Trajectory]) -> list[Sequence[float]]:
             folder = self.run.work(self.cursor.stage, self.cursor.round)
-            path = folder / "student_logprobs.npz"
+            asked = content_hash([t.id for t in trajectories], [len(t.spans) for t in trajectories])
+            path = folder / f"student_logprobs-{asked}.npz"
             if path.exists():
                 with np.load(path) as kept:
                     values, lengths = kept["values"], kept["lengths"]
@@ -256,9 +317,11 @@ class Session:
             if self.cursor.step > 0:
                 raise CheckpointError(f"{path} is missing: it cannot be made again from changed weights")
             scores = self.trainer.score(trajectories)
+            if self.ledger is not None:
+                self.ledger.scored(trajectories)
             if self.run.is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
-                work = path.with_name(".student_logprobs.npz")
+                work = path.with_name(f".{path.name}")
                 values = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores]) if scores else np.zeros(0)
                 np.savez(work, values=values, lengths=np.array([len(s) for s in scores], dtype=np.int64))
                 work.rename(path)
@@ -272,10 +335,16 @@ class Session:
         self.cursor.step = record.step + 1
         self.cursor.total_steps += 1
         self.num_tokens["trained"] += int(record.metrics.get("data/num_tokens", 0))
+        if self.ledger is not None:
+            self.ledger.updated(self._updates[record.step])
         self.times_s["train"] += record.metrics.get("time/step_s", 0.0)
         place = {"stage": record.stage, "round": self.cursor.round, "step": self.cursor.total_steps}
         self.run.log_metrics({**place, **record.metrics})
         self.progress.inner.advance(1, loss=record.metrics.get("train/loss", 0.0))
+        for monitor in stage.monitors:
+            is_due, probe = getattr(monitor, "due", None), getattr(monitor, "probe_now", None)
+            if is_due and probe and is_due(self.cursor.total_steps):
+                self._log_verdict(monitor, self._watched(probe, stage))
         stopping = self.trainer.processes.any(self.stop.is_set)
         if stopping or self._is_time_to_save():
             self.save(stage)
@@ -289,16 +358,34 @@ class Session:
         self.progress.inner.finish()
         if self.run.is_writer:
             RoundStore.publish(self.run.trajectories, f"stage{self.cursor.stage}-round{self.cursor.round:05d}", draw)
-        should_stop = any(r.should_stop for _, r in reports)
         for monitor, report in reports:
-            fields = {"round": self.cursor.round, "monitor": type(monitor).__name__, "verdict": report.verdict}
-            self.run.log_event("verdict", {**fields, "stop": report.should_stop, **report.evidence})
+            self._log_verdict(monitor, report)
         if any(r.should_revert for _, r in reports):
             self._revert(stage)
+            for monitor in stage.monitors:
+                if forget := getattr(monitor, "forget_after", None):
+                    forget(self.cursor.total_steps - self.cursor.step)
+            reports = [(m, r) for m, r in reports if r.should_revert]  # the others judged weights that are gone
+        should_stop = any(r.should_stop for _, r in reports)
         self.cursor.round, self.cursor.step = self.cursor.round + 1, 0
+        if should_stop:
+            self.ended_by = next(r.verdict for _, r in reports if r.should_stop)
+            self._hand_over(reports)
+            return True  # saved by `leave`, as the next stage's start
         if stage.monitors or self._is_time_to_save():
             self.save(stage)
         return should_stop
+
+    def _hand_over(self, reports: Sequence[tuple[Monitor, MonitorReport]]) -> None:
+        """Weights of the checkpoint that a monitor chose to go on from, where it kept any."""
+        for _, report in reports:
+            chosen = (report.evidence.get("hand_over") or {}) if report.should_stop else {}
+            folder = self.run.root / "probes" / str(chosen.get("checkpoint"))
+            if chosen.get("checkpoint") and folder.is_dir():
+                self.trainer.optimizer.set_weights(self.weights.load(folder))
+                self.trainer.optimizer.reset()
+                self.run.log_event("hand_over", {"round": self.cursor.round - 1, **chosen})
+                return
 
     def _revert(self, stage: "Stage") -> None:
         """Weights and optimiser as they were when the round began; the cursor and the sources go on."""
@@ -315,6 +402,10 @@ class Session:
                 f"{self.run.checkpoints}"
             )
         self.run.log_event("revert", {"round": self.cursor.round, "to": found[-1].name if found else "base"})
+
+    def skip(self) -> None:
+        """Go on to the next stage."""
+        self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
 
     def leave(self, stage: "Stage", *, is_last: bool) -> None:
         """End a stage. Unless it is the last, its weights are kept under its name for later stages to start from."""
@@ -344,7 +435,9 @@ class Session:
                 "num_tokens": self.num_tokens,
                 "times_s": self.times_s,
                 "empty_rounds": self._empty_rounds,
+                "ended_by": self.ended_by,
                 "logs": self.run.log_sizes(),
+                "ledger": None if self.ledger is None else self.ledger.state(),
                 "stage": {},
             }
             if stage is not None:
@@ -356,15 +449,20 @@ class Session:
                 }
             c = self.cursor
             name = f"step-{c.total_steps:07d}-{c.stage:02d}-{c.round:05d}-{c.step:05d}"
-            checkpoint.save(self.run.checkpoints, name, self._write, state, keep=self.saving.keep)
+            write = functools.partial(self._write, stage)
+            checkpoint.save(self.run.checkpoints, name, write, state, keep=self.saving.keep)
             self._drop_finished_work()
         self.trainer.processes.wait()
         self._last_save = (time.monotonic(), self.cursor.total_steps)
         self.times_s["save"] += time.perf_counter() - started
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, stage: "Stage | None", folder: Path) -> None:
         self.weights.save(folder / "model")
         self.trainer.optimizer.save(folder / "optimizer.safetensors")
+        save_signal = getattr(stage.signal, "save", None) if stage is not None else None
+        if save_signal is not None:  # tensors of its own: an averaged teacher
+            (folder / "signal").mkdir()
+            save_signal(folder / "signal")
 
     def _drop_finished_work(self) -> None:
         here = self.run.work(self.cursor.stage, self.cursor.round).name
@@ -388,8 +486,11 @@ class Session:
             raise CheckpointError(f"{folder} belongs to a run with seed {state['seed']}, not {self.seed}")
         self.cursor = Cursor(**state["cursor"])
         self.scores, self.num_tokens, self.times_s = state["scores"], state["num_tokens"], state["times_s"]
-        self._empty_rounds = state["empty_rounds"]
+        self._empty_rounds, self.ended_by = state["empty_rounds"], state.get("ended_by", "ROUNDS")
+        if self.ledger is not None and state.get("ledger"):
+            self.ledger.restore(state["ledger"])
         self._stage_state = state["stage"]
+        self._resumed_from = folder
         self._load_weights(folder)
         self.run.cut_logs(state["logs"])
         for path, why in damaged:

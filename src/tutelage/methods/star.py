@@ -1,0 +1,67 @@
+"""STaR: accepted answers, and for what was missed the answer as a hint that is taken out again; always from base."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from tutelage.methods.card import Card
+from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.methods.settings import KeepSettings, Positive, RolloutSettings, TrainSettings
+from tutelage.signals import with_hint
+from tutelage.sources import Accepted, Hinted, Judged
+from tutelage.train.loop import Stage
+
+if TYPE_CHECKING:
+    from tutelage.methods.workbench import Workbench
+
+CARD = Card(
+    name="star",
+    title="STaR",
+    what="Keep the rationales that end right; where none does, show the answer, keep what then ends right, hide it.",
+    source="Accepted(Hinted(Judged(Drawn(student), verifier), verifier))",
+    signal="HardTargets",
+    eats="Questions with answers, and a verifier.",
+    policy="on-policy data for what was solved; hinted rationales are off-policy: their context was changed",
+    when="Questions the model solves sometimes, with known answers, and no worked solutions.",
+    gotcha=(
+        "A hinted rationale may argue backwards from the answer, or mention it. Right answers with wrong reasoning are "
+        "kept, more so at higher temperatures. A model that does not solve above chance does not start."
+    ),
+    cite=("Zelikman et al. 2022, arXiv:2203.14465",),
+)
+HINT = "(Hint: the answer is {answer}. Explain how to get there as if you had not been told.)"
+
+
+class STaR(Imitation):
+    """Settings of a STaR stage."""
+
+    method: Literal["star"] = "star"
+    name: str = "star"
+    """The stage's name within a plan."""
+    rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=1, temperature=0.0))
+    keep: KeepSettings = Field(default_factory=lambda: KeepSettings(cap=1))
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings(epochs=2, schedule="linear", warmup=0.1))
+    rounds: Positive = 3
+    """Outer loops."""
+    start_from: str = "base"
+    """What each round trains: base (the paper's) or previous."""
+    hint: str | None = HINT
+    """Put after the question of what was missed, with {answer} and the task's metadata; null rationalises nothing."""
+    hint_n: Positive = 1
+    """Completions of each missed question."""
+
+
+def build(settings: STaR, bench: "Workbench") -> Stage:
+    """`rounds` loops of sampling, hinting, keeping, and training from base."""
+    verifier = bench.verifier(settings.verifier)
+    source: Judged | Hinted = Judged(drawn_of(settings, bench), verifier)
+    if settings.hint is not None:
+        source = Hinted(
+            source,
+            verifier,
+            hint=with_hint(settings.hint),
+            params=bench.sampling(settings.rollout),
+            n=settings.hint_n,
+            chunk_rows=settings.rollout.chunk_rows,
+        )
+    return stage_of(settings, bench, Accepted(source, bench.keep(settings.keep)))
