@@ -3,7 +3,6 @@
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
 
 from tutelage.cli.main import print_json
 from tutelage.errors import ConfigError
@@ -19,10 +18,15 @@ def show(name: str | None, out: Console, *, as_json: bool) -> None:
         print_json([asdict(m.card) for m in chosen])
         return
     if name is None:
-        table = Table("method", "whose trajectories", "what is learned", "policy", "when", title="Methods")
         for m in chosen:
-            table.add_row(m.card.name, m.card.source, m.card.signal, m.card.policy.split(":")[0], m.card.when)
-        out.print(table)
+            out.print(f"[bold]{m.card.name}[/]  {m.card.title}")
+            for label, text in (
+                ("whose", m.card.source),
+                ("learned", m.card.signal),
+                ("policy", m.card.policy),
+                ("when", m.card.when),
+            ):
+                out.print(f"  [dim]{label:>7}[/]  {text}")
         out.print("tutelage methods NAME shows a card whole, with its settings and their defaults.")
         return
     card = chosen[0].card
