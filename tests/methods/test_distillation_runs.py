@@ -162,3 +162,22 @@ def test_another_tokenizer_is_refused(
     swapped.save_pretrained(folder)
     with pytest.raises(ConfigError, match="tokenizer"):
         run(on_policy(tmp_path, tiny_folder, folder, divergence={"kind": "reverse_kl"}))
+
+
+def test_operations_are_counted_by_part(tmp_path: Path, tiny_folder: Path, teacher: Path) -> None:
+    """Equal after a stop and resume; the teacher's forward is a third of a training step's at equal size."""
+    more: dict[str, Any] = {"divergence": {"kind": "reverse_kl"}, "saving": {"every_steps": 2}}
+    whole = run(on_policy(tmp_path, tiny_folder, teacher, "whole", **more))["ledger"]
+    assert whole["flops"]["total"] == sum(v for k, v in whole["flops"].items() if k != "total")
+    assert whole["tokens"]["sampling"] == whole["tokens"]["training"]
+    assert whole["tokens"]["teacher"] == whole["tokens"]["training"] > 0
+    assert whole["flops"]["training"] / whole["flops"]["teacher"] == pytest.approx(3, rel=0.05)
+    stop = StopRequest()
+    config, folder = load_config(on_policy(tmp_path, tiny_folder, teacher, "cut", **more))
+    cut = Job(config, folder, stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == 3 else None)  # type: ignore
+    with pytest.raises(Interrupted):
+        cut()
+    config, folder = config_of(tmp_path / "cut")
+    assert Job(config, folder, is_resume=True)()["ledger"]["flops"] == pytest.approx(whole["flops"])

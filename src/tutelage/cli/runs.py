@@ -207,6 +207,9 @@ def _print_counts(result: Mapping[str, Any], out: Console) -> None:
         f"{counts['steps']} updates, {counts['tokens_sampled']} tokens sampled, {counts['tokens_trained']} trained"
         + (f", {counts['quarantined']} records quarantined" if counts["quarantined"] else "")
     )
+    if (ledger := result.get("ledger")) and ledger["shares"]:
+        shares = ", ".join(f"{k} {v:.0%}" for k, v in ledger["shares"].items() if v)
+        out.print(f"operations: {ledger['flops']['total']:.2e} ({shares}), evaluations not counted")
     shown = {k: v for k, v in result["times_s"].items() if v >= 0.5}
     out.print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in shown.items()))
 

@@ -6,7 +6,7 @@ A teacher hands over hidden states and its output layer, never (N, V) logits: th
 targets at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +62,8 @@ class InProcessTeacher:
         self.name, self.vocab_size, self.max_tokens, self.processes = name, vocab_size, max_tokens, processes
         self.num_scored_tokens = 0
         """Tokens run through the teacher so far, prompts included."""
+        self.on_scored: Callable[[Sequence[int], int], None] | None = None
+        """Called with the documents' lengths and the number of targets of every batch: what a ledger counts."""
         self._freeze()
 
     def _freeze(self) -> None:
@@ -95,6 +97,8 @@ class InProcessTeacher:
         here = batch.token_ids_BT.device
         device = self.output_layer.weight_VD.device
         self.num_scored_tokens += batch.num_tokens
+        if self.on_scored is not None:
+            self.on_scored(_lengths(batch), batch.num_targets)
         with self._in_use():
             hidden_NE: Tensor = self.policy.target_hidden(batch if here == device else batch.to(device))
         self.policy.use_plain_attention()  # others may call the same model next
@@ -364,6 +368,14 @@ class ServedTeacher:
         """Nats per target token of each trajectory, at temperature 1."""
         found: list[Sequence[float]] = self.scorer.score(trajectories)
         return found
+
+
+def _lengths(batch: Batch) -> list[int]:
+    """Tokens of each document of a batch."""
+    if batch.cu_seqlens is not None:
+        return list(batch.cu_seqlens.diff().tolist())
+    assert batch.attention_mask_BT is not None
+    return list(batch.attention_mask_BT.sum(1).tolist())
 
 
 def top_k_of(logits_CV: Tensor, k: int) -> TopK:
