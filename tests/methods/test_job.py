@@ -288,3 +288,38 @@ def test_verifier_code_outside_the_folder_is_named_and_asked_for(tmp_path: Path,
     asked: list[str] = []
     job(settings | {"run_dir": str(tmp_path / "asked")}, confirm=lambda message: bool(asked.append(message)) or True)()
     assert len(asked) == 1 and "judge.py" in asked[0]
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tutelage.train.optim import Optimizer
+
+    job(demonstrations(tmp_path, tiny_folder, "whole"))()
+    save, calls = Optimizer.save, []
+
+    def full(self: Optimizer, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(Optimizer, "save", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.* The 2 made before it are intact"):
+        job(demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3}))()
+    assert not list((tmp_path / "cut" / "checkpoints").glob(".*"))
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_at_most_keep_checkpoints_are_left(tmp_path: Path, tiny_folder: Path) -> None:
+    from tutelage.train.checkpoint import drop_old
+
+    names = ["step-0000004-00-00001-00000", *(f"step-000000{i}-00-00001-0000{i - 4}" for i in range(5, 9))]
+    for keep, expected in ((1, names[-1:]), (2, [names[0], names[-1]]), (3, [names[0], *names[-2:]]), (9, names)):
+        folder = tmp_path / str(keep)
+        for name in names:
+            (folder / name).mkdir(parents=True)
+        drop_old(folder, keep)
+        assert sorted(p.name for p in folder.iterdir()) == expected

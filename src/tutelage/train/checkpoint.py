@@ -26,10 +26,24 @@ def save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[
     Args:
         write: puts the weights and the optimiser's state into the folder it is given.
         state: JSON-able; what the loop needs to go on.
+
+    Raises:
+        CheckpointError: the disk is full or failed. Earlier checkpoints are intact.
     """
+    try:
+        return _save(folder, name, write, state, keep)
+    except OSError as error:
+        shutil.rmtree(folder / f".{name}.tmp", ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {name} could not be written to {folder}: {error}. The {len(checkpoints(folder))} made before "
+            "it are intact: make room and resume the run."
+        ) from error
+
+
+def _save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[str, Any], keep: int) -> Path:
+    for stale in folder.glob(".step-*.tmp"):
+        shutil.rmtree(stale)
     work = folder / f".{name}.tmp"
-    if work.exists():
-        shutil.rmtree(work)
     work.mkdir(parents=True)
     write(work)
     files = {
@@ -50,11 +64,15 @@ def save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[
 
 
 def drop_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`, and never the newest one made at the start of a round: a gate may go back."""
+    """Leave at most `keep`: the newest, and among them the newest made at the start of a round, which a gate goes back
+    to. With `keep` 1 only the newest is left."""
     found = checkpoints(folder)
-    starts = [p for p in found if p.name.endswith("-00000")]
-    for old in found[: -max(1, keep)]:
-        if old not in starts[-1:]:
+    left = found[-max(1, keep) :]
+    starts = [p for p in found if p.name.endswith("-00000")][-1:]
+    if keep > 1 and starts and starts[0] not in left:
+        left = [*starts, *left[1:]]
+    for old in found:
+        if old not in left:
             shutil.rmtree(old)
 
 

@@ -22,7 +22,6 @@ from tutelage.train.distributed import Processes
 from tutelage.train.optim import Optimizer, learning_rate
 from tutelage.types import Signal, StepRecord, TargetRow, Targets, Trajectory, seed_for
 
-
 OF_SIGNAL = "signal:"
 """Marks sums that a signal keeps for itself (`take_sums`), to be turned into its own metrics."""
 

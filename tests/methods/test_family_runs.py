@@ -1,0 +1,255 @@
+"""Whole runs of the rejection-sampling family and of policy gradients on a tiny model, and what makes each itself."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_job import StopAfter, assert_same_run, demonstrations, job, metrics, rejection, weights, write_verifier
+
+from tutelage.data.store import Manifest, TrajectoryStore
+from tutelage.errors import ConfigError, Interrupted
+from tutelage.methods.config import load_config
+from tutelage.methods.job import Job, config_of
+from tutelage.train.stop import StopRequest
+from tutelage.types import Trajectory
+
+torch.set_num_threads(1)
+QUICK: dict[str, Any] = {"gate": False, "evaluation": None}
+
+
+def family(method: str, folder: Path, model: Path, run: str = "run", **more: Any) -> dict[str, Any]:
+    settings = rejection(folder, model, run, **{**QUICK, "method": method, **more})
+    if method in ("reinforce", "reinforce_rej", "rloo", "grpo", "raft_pp"):
+        del settings["keep"]
+        settings["train"] = {"lr": 1e-3, "batch_size": None, "schedule": "constant", **more.get("train", {})}
+        settings.setdefault("truncated", "keep")
+    return settings
+
+
+def stored(run: Path) -> list[list[Trajectory]]:
+    """Every round's draw."""
+    shards = sorted(Manifest.load(run / "trajectories").shards, key=lambda s: s.name)
+    everything = iter(TrajectoryStore(run / "trajectories"))
+    return [list(itertools.islice(everything, s.rows)) for s in shards]
+
+
+def authors(t: Trajectory) -> set[str]:
+    return {s.author for s in t.spans}
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = [json.loads(x) for x in (run / "events.jsonl").read_text().splitlines()]
+    return [e for e in lines if e["event"] == name]
+
+
+@pytest.mark.parametrize("method", ["reinforce", "reinforce_rej", "rloo", "grpo", "raft_pp"])
+def test_a_policy_gradient_run(method: str, tmp_path: Path, tiny_folder: Path) -> None:
+    job(family(method, tmp_path, tiny_folder))()
+    run = tmp_path / "run"
+    assert len(metrics(run)) == 2  # one update a draw
+    base, trained = weights(tiny_folder), weights(run / "model")
+    assert max(float((base[k] - trained[k]).abs().max()) for k in base) > 1e-4
+    targets = events(run, "targets")
+    assert all(0 < t["policy/frac_groups_mixed"] < 1 for t in targets)
+    assert all(t["policy/mean_abs_sampler_gap_nats"] < 1e-4 for t in targets)
+    assert {e["round"] for e in events(run, "sampler_gap")} == {0, 1}
+
+
+@pytest.mark.parametrize("stop_at", [15, 26, 40])
+def test_a_stopped_rl_run_with_refilling_and_several_updates_resumes_to_the_same_bits(
+    tmp_path: Path, tiny_folder: Path, stop_at: int
+) -> None:
+    more = {"rollout": {"n": 2, "max_new_tokens": 6, "prompts_per_round": 3, "chunk_rows": 2}}
+    more |= {"refill_draws": 3, "train": {"batch_size": 2, "epochs": 2}, "saving": {"every_steps": 1}, "rounds": 3}
+    more |= {"kl_to_base": 0.1}
+    job(family("grpo", tmp_path, tiny_folder, "whole", **more))()
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        settings = family("grpo", tmp_path, tiny_folder, "cut", **more)
+        job(settings, stop=stop, progress=StopAfter(stop, stop_at))()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert any(e["data/num_refill_draws"] > 0 for e in events(tmp_path / "whole", "draw"))
+
+
+def test_star_hides_the_hint_and_restarts_from_base(tmp_path: Path, tiny_folder: Path) -> None:
+    more = {"rollout": {"n": 1, "temperature": 1.0, "max_new_tokens": 6}, "keep": {"drop_truncated": False}}
+    job(family("star", tmp_path, tiny_folder, hint_n=3, **more))()
+    run = tmp_path / "run"
+    everything = list(TrajectoryStore(run / "trajectories"))
+    hinted = [t for t in everything if "hinted" in t.marks]
+    plain = {t.task_hash: t for t in everything if "hinted" not in t.marks}
+    assert hinted and any(t.weight for t in hinted) and any(not t.weight for t in hinted)
+    for t in hinted:
+        assert not t.spans[-1].is_context_exact and t.behaviour_logprobs is None
+        assert t.spans[:-1] == plain[t.task_hash].spans[:-1]
+        assert "Hint" not in json.dumps([dict(m) for m in t.messages])
+    solved = {
+        (t.task_hash, t.id.split("p")[0]) for t in everything if "hinted" not in t.marks and t.verdict.is_accepted
+    }
+    assert not any((t.task_hash, t.id.split("p")[0]) in solved for t in hinted)  # only what nobody solved
+    assert events(run, "draw")[0]["data/num_prompts_hinted"] > 0
+
+
+def test_rest_draws_once_and_improves_on_a_stricter_part_each_time(tmp_path: Path, tiny_folder: Path) -> None:
+    keep = {"distinct": None, "cap": None, "drop_truncated": False}
+    settings = family("rest", tmp_path, tiny_folder, thresholds=[0.0, 0.4, 0.8], rounds=4, keep=keep)
+    settings["saving"] = {"every_steps": 1}
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop, progress=StopAfter(stop, 50))()
+    job(settings)()
+    rounds = stored(tmp_path / "run")
+    names = [[t.id for t in r] for r in rounds]
+    assert names[0] == names[1] == names[2] != names[3]
+    kept = [{t.id for t in r if t.weight} for r in rounds[:3]]
+    assert kept[0] > kept[1] > kept[2] and kept[2]
+    for r, threshold in zip(rounds, (0.0, 0.4, 0.8), strict=False):
+        assert all((t.weight != 0) == (t.verdict.score >= threshold) for t in r)
+    config, folder = config_of(tmp_path / "cut")
+    assert 0 < len(metrics(tmp_path / "cut")) < len(metrics(tmp_path / "run"))
+    Job(config, folder, is_resume=True)()
+    assert_same_run(tmp_path / "run", tmp_path / "cut")
+
+
+def test_rest_em_and_data_stage_keep_at_most_their_cap(tmp_path: Path, tiny_folder: Path) -> None:
+    for method, cap in (("rest_em", 2), ("data_stage", 1)):
+        keep = {"distinct": None, "cap": cap, "drop_truncated": False}
+        more = {"data": demonstrations(tmp_path, tiny_folder)["data"]} if method == "data_stage" else {}
+        job(family(method, tmp_path, tiny_folder, method, keep=keep, **more))()
+        draws = list(TrajectoryStore(tmp_path / method / "trajectories"))
+        counts: dict[tuple[str, str], int] = {}
+        for t in draws:
+            if t.weight and "human" not in authors(t):
+                name = (t.task_hash, t.id.split("p")[0])
+                counts[name] = counts.get(name, 0) + 1
+        assert max(counts.values()) == cap
+        assert any("human" in authors(t) for t in draws) == (method == "data_stage")
+        assert config_of(tmp_path / method)[0].stages[0].start_from == "base"
+
+
+def test_raft_keeps_the_best_of_each_prompt_by_score(tmp_path: Path, tiny_folder: Path) -> None:
+    keep = {"distinct": None, "cap": None, "best_of": 1, "drop_truncated": False}
+    job(family("raft", tmp_path, tiny_folder, keep=keep, is_accepted_only=False))()
+    for draws in stored(tmp_path / "run"):
+        by_task: dict[str, list[Trajectory]] = {}
+        for t in draws:
+            by_task.setdefault(t.task_hash, []).append(t)
+        for ts in by_task.values():
+            best = max(t.verdict.score for t in ts)
+            assert [t.verdict.score for t in ts if t.weight] == [best]
+
+
+def test_rft_pools_distinct_paths_over_rounds_with_gold(tmp_path: Path, tiny_folder: Path) -> None:
+    write_verifier(tmp_path, "True")
+    gold = demonstrations(tmp_path, tiny_folder)["data"]
+    keep = {"distinct": "key", "cap": None, "drop_truncated": False}
+    job(family("rft", tmp_path, tiny_folder, keep=keep, gold=gold))()
+    first, second = stored(tmp_path / "run")
+    assert len(second) > len(first)  # the second round has the first one's again
+    assert [sum("human" in authors(t) for t in r) for r in (first, second)] == [10, 10]
+    first = [t for t in first if "human" not in authors(t)]
+    for name in {t.task_hash for t in first}:
+        kept = [t.verdict.key for t in first if t.task_hash == name and t.weight]
+        assert len(kept) == len(set(kept)) >= 1
+    assert events(tmp_path / "run", "draw")[1]["data/num_replayed/student"] > 0
+
+
+def test_the_random_budget_keeps_as_many_but_others(tmp_path: Path, tiny_folder: Path) -> None:
+    kept = {}
+    for arm in (False, True):
+        keep = {"distinct": None, "cap": None, "drop_truncated": False, "random_budget": arm}
+        job(family("rejection_sampling", tmp_path, tiny_folder, f"arm{arm}", keep=keep, rounds=1))()
+        draws = list(TrajectoryStore(tmp_path / f"arm{arm}" / "trajectories"))
+        kept[arm] = {t.id for t in draws if t.weight}
+        by_rule = {t.id for t in draws if t.verdict.is_accepted}
+        assert (kept[arm] == by_rule) != arm
+    assert len(kept[True]) == len(kept[False])
+
+
+# -- the gate and graduation --------------------------------------------------------------------
+
+
+def test_the_gate_takes_a_ruinous_round_back_and_two_end_the_stage(tmp_path: Path, tiny_folder: Path) -> None:
+    """A verifier that accepts early rounds' habits only: trained with a far too high rate, the model breaks."""
+    write_verifier(tmp_path, "len(set(completion)) >= 4")
+    settings = family("rejection_sampling", tmp_path, tiny_folder, gate=True, rounds=4)
+    settings["probe"] = {"questions": 9, "n": 16}
+    settings["train"] |= {"lr": 3.0, "optimizer": "adamw", "schedule": "constant", "warmup": 0.0, "epochs": 2}
+    settings["tasks"] |= {"heldout": 0}
+    job(settings)()
+    run = tmp_path / "run"
+    verdicts = [(e["round"], e["verdict"], e["stop"]) for e in events(run, "verdict")]
+    assert verdicts == [(0, "CONTINUE", False), (0, "REGRESSED", False), (1, "REGRESSED", True)]
+    assert len(events(run, "revert")) == 2
+    base, after = weights(tiny_folder), weights(run / "model")
+    assert all(torch.equal(base[k], after[k]) for k in base)
+
+
+def graduating(folder: Path, model: Path, run: str, **more: Any) -> dict[str, Any]:
+    """Thresholds that a tiny model meets: what is tested is what follows from the verdict, not the verdict."""
+    write_verifier(folder)
+    settings = family("rejection_sampling", folder, model, run, until="graduation", rounds=6, **more)
+    settings["probe"] = {"questions": 9, "n": 8, "every_steps": 2}
+    settings["graduation"] = {"min_tasks": 3, "min_samples": 4, "entropy_ratio": 5.0, "entropy_slope": 5.0}
+    settings["graduation"] |= {"slope_probes": 2, "plateau_probes": 2, "min_gain": 0.9, "headroom": -1.0}
+    settings["graduation"] |= {"min_mixed": 0.0, "max_same": 1.0, "agree": 1, "of": 1, "group": 2, "coverage_k": 4}
+    settings["tasks"] |= {"heldout": 0}
+    return settings
+
+
+def test_graduation_ends_the_stage_and_rl_goes_on_from_its_checkpoint(tmp_path: Path, tiny_folder: Path) -> None:
+    rl = {"rounds": 2, "train": {"lr": 1e-4, "batch_size": None}, "truncated": "keep"}
+    settings = graduating(tmp_path, tiny_folder, "whole", then="rl", rl=rl, saving={"every_steps": 1})
+    job(settings)()
+    run = tmp_path / "whole"
+    assert [e["name"] for e in events(run, "stage")] == ["rejection_sampling", "rejection_sampling_rl"]
+    last = [e for e in events(run, "verdict") if e["stop"]][-1]
+    assert last["verdict"] == "GRADUATE" and last["round"] < 5
+    chosen = events(run, "hand_over")[0]
+    assert chosen["checkpoint"] == last["hand_over"]["checkpoint"]
+    assert {m["stage"] for m in metrics(run)} == {0, 1}
+    steps = [e["step"] for e in events(run, "verdict")]
+    assert any(b - a == 2 for a, b in itertools.pairwise(steps))  # probed within rounds too
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop, progress=StopAfter(stop, 60))()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(run, tmp_path / "cut")
+
+
+def test_rl_is_skipped_where_the_monitor_did_not_say_so(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = graduating(tmp_path, tiny_folder, "run", then="rl", rl={"rounds": 1})
+    settings["rounds"], settings["graduation"]["min_tasks"] = 1, 1000
+    job(settings)()
+    assert [e["name"] for e in events(tmp_path / "run", "stage")] == ["rejection_sampling"]
+    assert "ended with ROUNDS" in events(tmp_path / "run", "stage_skipped")[0]["why"]
+    assert all(e["verdict"] == "INSUFFICIENT" for e in events(tmp_path / "run", "verdict"))
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("grpo", {"rollout": {"n": 1}}, r"rollout\.n must be at least 2"),
+        ("grpo", {"train": {"divisor": "sampled"}}, "here normalise says it"),
+        ("star", {"then": "rl"}, "then=rl needs until=graduation"),
+        ("star", {"rl": {"rounds": 1}}, "set then=rl"),
+        ("rejection_sampling", {"until": "graduation", "then": "rl", "rl": {"rolout": {}}}, "rl.rolout"),
+        ("rest", {"thresholds": [0.5, 0.1]}, "thresholds must rise"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    method: str, change: dict[str, Any], message: str, tmp_path: Path, tiny_folder: Path
+) -> None:
+    settings = family(method, tmp_path, tiny_folder, **change)
+    with pytest.raises(ConfigError, match=message):
+        config, folder = load_config(settings)
+        Job(config, folder)()
