@@ -36,7 +36,7 @@ class Curve:
     def add(self, step: Step) -> bool:
         """Counts a step; true where an evaluation is due."""
         self.updates, self.wall_s, self.cpu_s = self.updates + 1, self.wall_s + step.wall_s, self.cpu_s + step.cpu_s
-        return self.updates % self.every == 0
+        return bool(self.updates % self.every == 0)
 
     def measure(self, weights: dict[str, Any]) -> None:
         loss = self.held_out.loss(weights)
