@@ -35,13 +35,15 @@ def trajectory(ids: Sequence[int], prompt: int, name: str, weight: float = 1.0) 
     return Trajectory(id=name, task_id="t", task_hash=TASK.hash, spans=spans, verdict=verdict, weight=weight)
 
 
-def draw(seed: int = 0, count: int = 7, vocab: int = V, longest: int = 9) -> Draw:
+def draw(
+    seed: int = 0, count: int = 7, vocab: int = V, longest: int = 9, weights: Sequence[float] = (1.0, 1.0, 0.0)
+) -> Draw:
     rng = np.random.default_rng(seed)
     ts = []
     for i in range(count):
         prompt = int(rng.integers(1, 4))
         ids = rng.integers(0, vocab, prompt + int(rng.integers(1, longest))).tolist()
-        ts.append(trajectory(ids, prompt, f"t{i}", weight=float(i % 3 != 2)))
+        ts.append(trajectory(ids, prompt, f"t{i}", weight=weights[i % 3]))
     return Draw(groups=(Group(task=TASK, trajectories=tuple(ts)),))
 
 
@@ -76,7 +78,7 @@ def assert_same(a: tuple[Any, Any], b: tuple[Any, Any], rtol: float) -> None:
 @pytest.mark.parametrize("divisor", DIVISORS)
 def test_the_step_is_the_formula_by_hand(divisor: str) -> None:
     """Loss and update against a literal transcription: sums over tokens of kept trajectories, one division."""
-    rows, policy = draw(), TablePolicy(V)
+    rows, policy = draw(weights=(1.0, 0.25, 0.0)), TablePolicy(V)
     table = policy.table_VD.detach().clone().requires_grad_()
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     for t in rows:
