@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-slow test-peer check format golden kill-test vllm-env bench clean
@@ -20,7 +21,7 @@ demo: setup
 	$(BIN)/tutelage demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
 
 test-slow: setup
 	$(BIN)/pytest -m slow

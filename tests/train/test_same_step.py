@@ -232,3 +232,16 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_fixed_by_seed() -> None:
     assert plan[:4] != plan[4:8] and plan != trainer.batches(
         rows, config, Place(seed=2, stage=0, round=0, num_rounds=1)
     )
+
+
+def test_a_step_starts_from_no_gradient_whatever_came_before() -> None:
+    """With a learning rate of 0 the same rows give the same gradient a second time, in every precision."""
+    rows = draw(2, count=6, vocab=250, longest=30)
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = Policy(tiny_model(layers=1, width=16, dtype=dtype))
+        signal = HardTargets()
+        targets = signal.prepare(rows, score_student=lambda ts: [])
+        trainer = Trainer(policy, Optimizer(policy.named_parameters(), kind="sgd"), processes=Processes())
+        config = TrainerSettings(lr=0.0, batch_size=None, max_tokens=40)
+        first, second = (trainer.step(targets.rows, signal, config, lr=0.0)["train/grad_norm"] for _ in range(2))
+        assert first == pytest.approx(second, rel=1e-6)
