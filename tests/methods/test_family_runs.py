@@ -53,7 +53,7 @@ def test_a_policy_gradient_run(method: str, tmp_path: Path, tiny_folder: Path) -
     base, trained = weights(tiny_folder), weights(run / "model")
     assert max(float((base[k] - trained[k]).abs().max()) for k in base) > 1e-4
     targets = events(run, "targets")
-    assert all(0 < t["policy/frac_groups_mixed"] < 1 for t in targets)
+    assert all(0 < t["policy/frac_groups_mixed"] <= 1 for t in targets)
     assert all(t["policy/mean_abs_sampler_gap_nats"] < 1e-4 for t in targets)
     assert {e["round"] for e in events(run, "sampler_gap")} == {0, 1}
 
@@ -97,6 +97,10 @@ def test_star_hides_the_hint_and_restarts_from_base(tmp_path: Path, tiny_folder:
 
 def test_rest_draws_once_and_improves_on_a_stricter_part_each_time(tmp_path: Path, tiny_folder: Path) -> None:
     keep = {"distinct": None, "cap": None, "drop_truncated": False}
+    (tmp_path / "judge.py").write_text(
+        "def judge(task, completion, trajectory):\n"
+        "    return {'accepted': True, 'score': sum(map(ord, completion)) % 10 / 10, 'reason': 'by rule'}\n"
+    )
     settings = family("rest", tmp_path, tiny_folder, thresholds=[0.0, 0.4, 0.8], rounds=4, keep=keep)
     settings["saving"] = {"every_steps": 1}
     stop = StopRequest()

@@ -115,7 +115,8 @@ class Session:
         self._round_start: Mapping[str, Any] = {}
         self._empty_rounds = 0
         self.ended_by = "ROUNDS"
-        """What ended the last stage: its rounds, or a monitor's verdict."""
+        """What ended the stage before this one: its rounds, or a monitor's verdict."""
+        self._verdict: str | None = None
         self._last_save = (time.monotonic(), 0)
 
     # -- places --------------------------------------------------------------------------------
@@ -184,7 +185,6 @@ class Session:
         elif self.cursor.stage > 0:
             self.trainer.optimizer.reset()
         if self.cursor.round == 0 and self.cursor.step == 0:
-            self.ended_by = "ROUNDS"
             self.run.log_event("stage", {"stage": self.cursor.stage, "name": stage.name, "rounds": stage.rounds})
             for monitor in stage.monitors:
                 if (start := getattr(monitor, "start", None)) and (report := self._watched(start, stage)) is not None:
@@ -369,7 +369,7 @@ class Session:
         should_stop = any(r.should_stop for _, r in reports)
         self.cursor.round, self.cursor.step = self.cursor.round + 1, 0
         if should_stop:
-            self.ended_by = next(r.verdict for _, r in reports if r.should_stop)
+            self._verdict = next(r.verdict for _, r in reports if r.should_stop)
             self._hand_over(reports)
             return True  # saved by `leave`, as the next stage's start
         if stage.monitors or self._is_time_to_save():
@@ -411,6 +411,7 @@ class Session:
         """End a stage. Unless it is the last, its weights are kept under its name for later stages to start from."""
         if self.run.is_writer and not is_last:
             self.weights.save(self.run.root / "stages" / stage.name)
+        self.ended_by, self._verdict = self._verdict or "ROUNDS", None
         self.run.log_event("stage_end", {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round})
         self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
         self._round_start = {}
