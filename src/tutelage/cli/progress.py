@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-
 QUIET_S = 1.0
 """Work shorter than this leaves no line behind."""
 
