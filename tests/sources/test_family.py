@@ -1,0 +1,160 @@
+"""Sources of the rejection-sampling family: paths, rising thresholds, refilling."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from tutelage.errors import ConfigError
+from tutelage.sources import Accepted, Judged, Keep, Paths, Refilled, RisingThresholds
+from tutelage.sources.drawn import Drawn
+from tutelage.sources.paths import equations
+from tutelage.types import Draw, DrawContext, Group, Span, Status, Task, Trajectory, Verdict
+
+TASKS = [Task(id=f"t{i}", messages=({"role": "user", "content": str(i)},), answer=str(i)) for i in range(7)]
+
+
+def said(text: str, task: Task = TASKS[0], *, score: float = 1.0, index: int = 0) -> Trajectory:
+    span = Span(token_ids=(1, 2), role="assistant", author="student", is_sampled=True, is_trainable=True)
+    status = Status.ACCEPT if score > 0 else Status.REJECT
+    return Trajectory(
+        id=f"{task.id}{text}{index}",
+        task_id=task.id,
+        task_hash=task.hash,
+        spans=(span,),
+        completion=text,
+        verdict=Verdict(status=status, score=score),
+    )
+
+
+class Fixed:
+    """The same groups every time; counts how often it was asked."""
+
+    def __init__(self, *groups: Sequence[Trajectory]) -> None:
+        self.groups, self.tasks, self.asked = groups, TASKS, 0
+
+    def draw(self, ctx: DrawContext) -> Draw:
+        self.asked += 1
+        groups = tuple(Group(task=TASKS[i], trajectories=tuple(g)) for i, g in enumerate(self.groups))
+        return Draw(groups=groups, author="student", is_on_policy=True)
+
+    def state(self) -> Mapping[str, Any]:
+        return {"asked": self.asked}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.asked = state["asked"]
+
+
+def ctx(round: int = 0, **more: Any) -> DrawContext:
+    return DrawContext(seed=0, stage=0, round=round, **more)
+
+
+# -- paths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2 + 3 = 5, then 5 x 4 = 20.", [("2+3", "5"), ("5*4", "20")]),
+        ("<<3*4=12>>12 and 1 + 1 = 3", [("3*4", "12")]),
+        ("-3 + 5 = 2", [("-3+5", "2")]),
+        ("$1,000 + $20 = $1,020", [("1000+20", "1020")]),
+        ("2x + 3 = 7 and 2x + 3 + 4 = 9", []),
+        ("the answer is 7", []),
+    ],
+)
+def test_equations_are_read_as_written(text: str, found: list[tuple[str, str]]) -> None:
+    assert equations(text) == found
+
+
+def test_one_completion_of_each_path_is_kept_and_wrong_equations_are_rejected() -> None:
+    texts = ["2 + 3 = 5", "So 2+3 = 5!", "3 + 2 = 5", "2 + 3 = 6", "five", "it is five", "1/3 = 0.3333", "1/3 = 0.33"]
+    source = Accepted(Paths(Fixed([said(t) for t in texts])), Keep(distinct="key", order="sampled"))
+    draw = source.draw(ctx())
+    assert [t.completion for t in draw.kept()] == ["2 + 3 = 5", "3 + 2 = 5", "five", "1/3 = 0.3333"]
+    assert [t.marks for t in draw][3] == ("rejected",) and draw.stats["data/num_wrong_equations"] == 2
+    wrong = list(draw)[3].verdict
+    assert wrong is not None and wrong.reason == "accepted answer, but 2+3=6 is wrong"
+
+
+# -- rising thresholds --------------------------------------------------------------------------
+
+
+def test_one_draw_serves_every_threshold() -> None:
+    inner = Fixed([said("a", score=0.2), said("b", score=0.6), said("c", score=0.9)])
+    source = RisingThresholds(inner, [0.0, 0.5, 0.9], keep=Keep(distinct=None))
+    kept = [[t.completion for t in source.draw(ctx(r)).kept()] for r in range(4)]
+    assert kept == [["a", "b", "c"], ["b", "c"], ["c"], ["a", "b", "c"]] and inner.asked == 2
+    assert [source.draw(ctx(r)).is_on_policy for r in (3, 4)] == [True, False]
+    quantiles = RisingThresholds(inner, [0.0, 0.5], are_quantiles=True, keep=Keep(distinct=None))
+    assert [len(quantiles.draw(ctx(r)).kept()) for r in (0, 1)] == [3, 2]
+    with pytest.raises(ConfigError, match="must rise"):
+        RisingThresholds(inner, [0.5, 0.1])
+
+
+# -- refilling ----------------------------------------------------------------------------------
+
+
+class Sampler:
+    author, version = "student", "v"
+
+    def sample(self, requests: Any, params: Any, *, progress: Any = None) -> Any:
+        from tutelage.types import Completion
+
+        def one(r: Any, j: int) -> Completion:
+            ids = (int(r.prompt_ids[0]), j)
+            return Completion(token_ids=ids, logprobs=(0.0, 0.0), entropies=None, finish="stop", text=str(j))
+
+        return [[one(r, j) for j in range(r.n)] for r in requests]
+
+
+class Text:
+    fingerprint = "f"
+
+    def render_prompt(self, task: Task) -> list[Span]:
+        return [Span(token_ids=(int(task.id[1:]),), role="user", author="user")]
+
+    def completion_span(self, completion: Any, *, author: str, version: str, params: Any) -> Span:
+        ids = completion.token_ids
+        return Span(token_ids=ids, role="assistant", author=author, is_sampled=True, is_trainable=True)
+
+
+class OddIsMixed:
+    """Prompts with an odd number get both verdicts, the others only one."""
+
+    name, version = "odd", "1"
+
+    def judge(self, task: Task, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        odd = int(task.id[1:]) % 2
+        return [Verdict(status=Status.ACCEPT if j or not odd else Status.REJECT) for j in range(len(trajectories))]
+
+
+def is_mixed(group: Group) -> bool:
+    return len({t.verdict.status for t in group.trajectories if t.verdict}) > 1
+
+
+def refilled(max_draws: int) -> Refilled:
+    drawn = Drawn(TASKS, n=2, per_round=2, is_shuffled=False)
+    return Refilled(Judged(drawn, OddIsMixed()), drawn, is_useful=is_mixed, max_draws=max_draws)
+
+
+def test_groups_of_one_outcome_are_replaced_by_the_next_prompts_and_stay_in_the_draw() -> None:
+    source = refilled(10)
+    context = ctx(sampler=lambda name: Sampler(), text=Text())
+    first = source.draw(context)
+    # t0 says nothing, t1 does: t2 replaces it, says nothing, and t3 replaces that.
+    assert [g.task.id for g in first.groups] == ["t0", "t1", "t2", "t3"]
+    assert [g.task.id for g in first.groups if any(t.weight for t in g.trajectories)] == ["t1", "t3"]
+    assert {t.marks for t in first.groups[0].trajectories} == {("same reward",)}
+    assert [t.prompt_index for t in first] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert first.stats["data/num_refill_draws"] == 2 and first.stats["data/num_groups_missing"] == 0
+    again = refilled(10)
+    again.restore(source.state())
+    second = again.draw(context)
+    assert [g.task.id for g in second.groups] == ["t4", "t5", "t6", "t0", "t1"]
+    assert len({t.id for d in (first, second) for t in d}) == len(first) + len(second)
+
+
+def test_refilling_ends_after_its_draws_and_says_what_is_missing() -> None:
+    draw = refilled(2).draw(ctx(sampler=lambda name: Sampler(), text=Text()))
+    assert [g.task.id for g in draw.groups] == ["t0", "t1", "t2"] and draw.stats["data/num_groups_missing"] == 1
