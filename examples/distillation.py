@@ -51,7 +51,10 @@ def demonstrations(path: Path, count: int | None = None) -> Path:
 
 
 def cut_down(layers: int, folder: Path) -> Path:
-    """SmolLM2 with `layers` of its 30 layers: the first and the last ones, the middle left out."""
+    """SmolLM2 with `layers` of its 30 layers: the first and the last ones, the middle left out.
+
+    Its activations are far from any trained model's, too far for bfloat16: it is trained in float32.
+    """
     if (folder / "config.json").exists():
         return folder
     model = load_model(BASE, dtype="float32")
@@ -75,12 +78,12 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def sft(out: Path, model: str, data: Path, **train: Any) -> dict[str, Any]:
+def sft(out: Path, model: str, data: Path, precision: str = "auto", **train: Any) -> dict[str, Any]:
     return run(
         {
             "method": "sft",
             "run_dir": str(out),
-            "model": {"name": model},
+            "model": {"name": model, "precision": precision},
             "data": {"path": str(data)},
             "tasks": TASKS,
             "verifier": VERIFIER,
@@ -96,7 +99,7 @@ def distil(out: Path, student: str, teacher: str, data: Path, *, on_policy: bool
         {
             "method": "distill_on_policy",
             "run_dir": str(out),
-            "model": {"name": student},
+            "model": {"name": student, "precision": "float32"},
             "teacher": {"name": teacher},
             "tasks": TASKS,
             "verifier": VERIFIER,
@@ -127,7 +130,7 @@ def main() -> None:
     data = demonstrations(args.out / "gold.jsonl")
     teacher = sft(args.out / "teacher", BASE, data, lr=1e-4, batch_size=8, epochs=args.teacher_epochs)
     small = cut_down(args.layers, args.out / "cut")
-    student = sft(args.out / "student", str(small), data, lr=2e-4, batch_size=8, epochs=args.student_epochs)
+    student = sft(args.out / "student", str(small), data, "float32", lr=2e-4, batch_size=8, epochs=args.student_epochs)
     start, guide = str(args.out / "student" / "model"), str(args.out / "teacher" / "model")
     off = distil(args.out / "supervised", start, guide, data, on_policy=False, args=args)
     on = distil(args.out / "on_policy", start, guide, data, on_policy=True, args=args)

@@ -142,3 +142,8 @@ def _say(kind: str, message: str) -> None:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(value, indent=2, default=str))
+
+
+from tutelage.cli.teacher import app as teacher_app  # noqa: E402  (needs what is defined above)
+
+app.add_typer(teacher_app, name="teacher")

@@ -1,9 +1,9 @@
 """A config file and `key=value` settings to one checked, frozen `RunConfig`. All problems are reported together."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -19,6 +19,8 @@ from tutelage.methods.settings import (
     TaskSettings,
     VerifierSettings,
 )
+
+Made = TypeVar("Made", bound=Settings)
 
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -80,6 +82,39 @@ def load_config(
     Raises:
         ConfigError: every unknown key (with the nearest known one), missing key, wrong type and contradiction.
     """
+    body, lines, folder, label = _read(source)
+    for key, value in _parse_overrides(overrides).items():
+        _set(body, key, value)
+    return _checked(body, lines, label), folder
+
+
+def load_settings(
+    kind: type[Made],
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body,
+) -> Made:
+    """Settings that are no run's, from a file or mapping and `key=value` strings that win.
+
+    Args:
+        change: applied to the file's content before the overrides.
+
+    Raises:
+        ConfigError: every problem at once, as for `load_config`.
+    """
+    body, lines, _, label = _read(source)
+    body = change(body)
+    for key, value in _parse_overrides(overrides).items():
+        _set(body, key, value)
+    try:
+        return kind(**body)
+    except ValidationError as error:
+        raise ConfigError([_sentence(e, "", kind, lines, label) for e in error.errors()]) from error
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int], Path, str]:
+    """The content, its keys' lines, the folder that its paths are relative to, and what to call it."""
     lines: dict[str, int] = {}
     if isinstance(source, Mapping):
         body, folder, label = _copy(source), Path.cwd(), "settings"
@@ -96,9 +131,7 @@ def load_config(
         folder, label = path.resolve().parent, path.name
         if not isinstance(body, dict):
             raise ConfigError(f"config {str(path)!r} must be a mapping of settings, got {type(body).__name__}")
-    for key, value in _parse_overrides(overrides).items():
-        _set(body, key, value)
-    return _checked(body, lines, label), folder
+    return body, lines, folder, label
 
 
 def _checked(body: dict[str, Any], lines: Mapping[str, int], label: str) -> RunConfig:

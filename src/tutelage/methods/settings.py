@@ -50,7 +50,8 @@ class DataSettings(Settings):
     """Demonstrations."""
 
     path: str
-    """JSONL, JSON or Parquet: chat `messages`, `prompt` and `completion`, `question` and `answer`, or ShareGPT."""
+    """JSONL, JSON or Parquet: chat `messages`, `prompt` and `completion`, `question` and `answer`, or ShareGPT; or a
+    trajectory store (its kept trajectories)."""
     format: str = "auto"
     """Which of those; auto looks at each record."""
     train_on: Literal["all", "last"] = "all"

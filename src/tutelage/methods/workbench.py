@@ -28,6 +28,7 @@ from tutelage.methods.settings import (
     TrainSettings,
     VerifierSettings,
 )
+from tutelage.methods.stored import is_store, stored_groups
 from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
 from tutelage.policies.load import load_model, load_tokenizer, resolve_model, save_model
 from tutelage.policies.policy import Policy, add_lora, merged_copy
@@ -470,6 +471,10 @@ class Workbench:
             DataError: nothing is left, or a conversation is too long and `overlong` is "error".
         """
         path = self.path(settings.path)
+        if is_store(path):
+            found, notes = stored_groups(path, settings, self.text, self._quarantine)
+            self.notes += [n for n in notes if n not in self.notes]
+            return found
         loaded = demos.load(path, format=settings.format, on_bad_record=settings.on_bad_record, limit=settings.limit)
         for bad in loaded.problems:
             self._quarantine(bad.origin, bad.reason, bad.raw)

@@ -1,0 +1,432 @@
+"""What `tutelage teacher` does: answers of a teacher, a cache of its distributions, a comparison with the student."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.data.files import write_json
+from tutelage.data.logit_cache import write_logit_cache
+from tutelage.data.store import MANIFEST, TrajectoryWriter
+from tutelage.errors import ConfigError
+from tutelage.evals import evaluate
+from tutelage.evals.teacher_check import TeacherReport, check_teacher
+from tutelage.methods.config import RunConfig, load_config, load_settings
+from tutelage.methods.job import measuring_of
+from tutelage.methods.settings import (
+    DataSettings,
+    Fraction,
+    ModelSettings,
+    Positive,
+    RolloutSettings,
+    Settings,
+    SystemSettings,
+    TaskSettings,
+    VerifierSettings,
+)
+from tutelage.methods.teacher_settings import TeacherSettings
+from tutelage.methods.workbench import Confirm, Workbench
+from tutelage.policies.endpoint import Answer, EndpointSampler, RequestJournal
+from tutelage.policies.http import RateLimit
+from tutelage.policies.sampler import InProcessSampler
+from tutelage.policies.teachers import SelfTeacher
+from tutelage.policies.vllm_server import VLLMSampler, VLLMServer
+from tutelage.signals.routing import with_hint
+from tutelage.sources import Drawn, Judged
+from tutelage.sources.cleaned import Cleaned, TextRules, left_out
+from tutelage.types import Draw, DrawContext, Group, Progress, Source, Task, Trajectory, content_hash
+
+REPORT = "generate.json"
+
+
+class AnswererSettings(Settings):
+    """Who answers."""
+
+    name: str
+    """A folder or hub name; for an endpoint the name it knows."""
+    url: str | None = None
+    """A server's address; null loads the model into this process."""
+    kind: Literal["vllm", "endpoint"] = "endpoint"
+    """What is at the url: a vLLM server (token ids in and out), or any OpenAI-compatible endpoint (text)."""
+    tokenizer: str | None = None
+    """vllm: folder or hub name of the tokenizer; null takes `name`."""
+    api_key_env: str | None = None
+    """Environment variable with the key."""
+    workers: Positive = 8
+    """Requests under way at a time."""
+    requests_per_s: float | None = Field(None, gt=0)
+    """Rate limit."""
+    tokens_per_minute: float | None = Field(None, gt=0)
+    """Rate limit, prompts included."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of every request to an endpoint."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights in this process."""
+
+
+class FilterSettings(Settings):
+    """Which answers are left out, besides those a verifier rejects. They are marked, not removed."""
+
+    truncated: bool = True
+    """What ran into the length limit."""
+    max_other_script: Fraction | None = 0.05
+    """Mixed language: largest share of letters in another script than the answer's and the question's."""
+    max_paragraph_words: Positive | None = 300
+    """Longest paragraph."""
+    stray_code: bool = True
+    """Fenced code that the question does not ask for."""
+    duplicates: bool = True
+    """All but the first of a question's equal answers."""
+
+
+class GenerateSettings(Settings):
+    """Settings of `tutelage teacher generate`."""
+
+    teacher: AnswererSettings
+    tasks: TaskSettings
+    verifier: VerifierSettings | None = None
+    """Leaves out what it does not accept; null judges nothing."""
+    rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=1, chunk_rows=64))
+    filters: FilterSettings = Field(default_factory=FilterSettings)
+    out: str
+    """Folder of the trajectory store."""
+    seed: int = 0
+    """Of the samples."""
+    system_prompt: str | None = None
+    """Put before every question."""
+    licence: str = ""
+    """Licence and terms of the teacher's outputs, kept with every trajectory."""
+    system: SystemSettings = Field(default_factory=SystemSettings)
+
+    @model_validator(mode="after")
+    def _varied(self) -> "GenerateSettings":
+        if self.teacher.kind == "vllm" and self.teacher.url is None:
+            raise ValueError("teacher.kind=vllm needs teacher.url, the server's address")
+        return self
+
+
+SHARED = ("tasks", "verifier", "rollout", "seed", "system")
+"""What a method's config shares with these settings; of its teacher, `name` and `precision`."""
+
+
+def generate_settings(config: Path | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> GenerateSettings:
+    """From a YAML file of these settings, or of a method with a teacher and tasks, and `key=value`s that win."""
+
+    def taken(body: dict[str, Any]) -> dict[str, Any]:
+        if "method" not in body:
+            return body
+        teacher = {k: v for k, v in (body.get("teacher") or {}).items() if k in AnswererSettings.model_fields}
+        prompt = (body.get("model") or {}).get("system_prompt")
+        return {**{k: body[k] for k in SHARED if k in body}, "teacher": teacher, "system_prompt": prompt}
+
+    return load_settings(GenerateSettings, config if config is not None else {}, overrides, change=taken)
+
+
+def generate(
+    settings: GenerateSettings,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    confirm: Confirm | None = None,
+) -> dict[str, Any]:
+    """Let the teacher answer every task `rollout.n` times, judge, mark, and write a trajectory store.
+
+    Resumable: answers are committed in chunks (an endpoint's one by one), verdicts too; the same settings go on where
+    they stopped, and finished ones answer at once. Other settings need another folder.
+
+    Returns:
+        What `generate.json` holds: counts, why answers were left out, and tokens.
+
+    Raises:
+        ConfigError: the folder holds answers to other settings.
+    """
+    out = Path(settings.out)
+    asked = content_hash(settings.model_dump(mode="json", exclude={"out", "system"}))
+    report_path = out / REPORT
+    if report_path.exists() or (out / MANIFEST).exists():
+        report: dict[str, Any] = json.loads(report_path.read_text()) if report_path.exists() else {}
+        if report.get("settings_hash") == asked and (out / MANIFEST).exists():
+            return {**report, "was_done": True}
+        raise ConfigError(f"{out} holds answers to other settings: choose another folder with out=")
+    work = out / ".work" / asked
+    work.mkdir(parents=True, exist_ok=True)
+    name = _model_name(settings.teacher.tokenizer or settings.teacher.name, folder)
+    model = ModelSettings(name=name, precision=settings.teacher.precision, system_prompt=settings.system_prompt)
+    bench = Workbench(
+        RunConfig(model=model, seed=settings.seed, system=settings.system, evaluation=None), folder, confirm=confirm
+    )
+    with ExitStack() as stack:
+        stack.callback(bench.close)
+        source, answerer = _source(settings, bench, work, stack)
+        if settings.verifier is not None:
+            source = Judged(source, bench.verifier(settings.verifier))
+        source = Cleaned(source, TextRules(**settings.filters.model_dump()))
+        is_text = isinstance(answerer, EndpointSampler)
+        ctx = DrawContext(
+            seed=settings.seed,
+            stage=0,
+            round=0,
+            sampler=None if is_text else lambda _: answerer,
+            text=None if is_text else bench.text,
+            store=work,
+            progress=progress,
+        )
+        draw = source.draw(ctx)
+    report = _report(settings, draw, answerer) | {"settings_hash": asked}
+    with TrajectoryWriter(out, metadata={"generate": settings.model_dump(mode="json")}) as writer:
+        writer.write_all(replace(t, licence=settings.licence) for t in draw)
+    write_json(report_path, report, kept="The trajectories are written.")
+    shutil.rmtree(work.parent)
+    return report
+
+
+def _source(settings: GenerateSettings, bench: Workbench, work: Path, stack: ExitStack) -> tuple[Source, Any]:
+    """The teacher's answers, and who gives them."""
+    teacher, rollout = settings.teacher, settings.rollout
+    tasks = bench.train_tasks(settings.tasks)
+    params = bench.sampling(rollout)
+    if teacher.url is not None and teacher.kind == "endpoint":
+        journal = stack.enter_context(RequestJournal(Path(settings.out) / "asked.jsonl"))
+        limit = None
+        if teacher.requests_per_s or teacher.tokens_per_minute:
+            limit = RateLimit(requests_per_s=teacher.requests_per_s, tokens_per_minute=teacher.tokens_per_minute)
+        asker = EndpointSampler(
+            teacher.url,
+            teacher.name,
+            api_key_env=teacher.api_key_env,
+            journal=journal,
+            workers=teacher.workers,
+            limit=limit,
+            extra=teacher.extra,
+        )
+        return Asked(tasks, asker, n=rollout.n, params=params), asker
+    sampler: Any
+    if teacher.url is not None:
+        server = VLLMServer(teacher.url, api_key_env=teacher.api_key_env)
+        sampler = VLLMSampler(
+            server,
+            stop_ids=bench.text.stop_ids,
+            decode=bench.text.decode,
+            author=teacher.name,
+            workers=teacher.workers,
+        )
+    else:
+        sampler = InProcessSampler(
+            bench.policy.model,
+            stop_ids=bench.text.stop_ids,
+            decode=bench.text.completion_text,
+            author=teacher.name,
+            max_batch=rollout.max_batch,
+        )
+    drawn = Drawn(
+        tasks,
+        author=teacher.name,
+        n=rollout.n,
+        params=params,
+        chunk_rows=rollout.chunk_rows,
+        is_shuffled=False,
+    )
+    return drawn, sampler
+
+
+class Asked:
+    """Answers of an OpenAI-compatible endpoint: messages without token ids."""
+
+    def __init__(self, tasks: Sequence[Task], asker: EndpointSampler, *, n: int, params: Any) -> None:
+        self.tasks, self.asker, self.n, self.params = tuple(tasks), asker, n, params
+
+    def draw(self, ctx: DrawContext) -> Draw:
+        if ctx.progress:
+            ctx.progress.start(f"asking {self.asker.author}", len(self.tasks) * self.n, "answers")
+        found = self.asker.ask(self.tasks, self.n, self.params, progress=ctx.progress)
+        if ctx.progress:
+            ctx.progress.finish()
+        groups = tuple(
+            Group(task=task, trajectories=tuple(self._trajectory(task, i, j, a) for j, a in enumerate(answers)))
+            for i, (task, answers) in enumerate(zip(self.tasks, found, strict=True))
+        )
+        return Draw(groups=groups, author=self.asker.author)
+
+    def _trajectory(self, task: Task, i: int, j: int, answer: Answer) -> Trajectory:
+        return Trajectory(
+            id=f"p{i}n{j}",
+            task_id=task.id,
+            task_hash=task.hash,
+            task_name=task.name,
+            spans=(),
+            messages=(*task.messages, answer.message),
+            completion=answer.text,
+            prompt_index=i,
+            sample_index=j,
+            finish=answer.finish,
+            extra={
+                "author": answer.model or self.asker.author,
+                "completion_tokens": answer.completion_tokens,
+                "tools": [dict(t) for t in task.tools],
+                **({"error": answer.error} if answer.error else {}),
+            },
+        )
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """There is no cursor: everything is asked at once."""
+
+
+def _report(settings: GenerateSettings, draw: Draw, answerer: Any) -> dict[str, Any]:
+    answers = list(draw)
+    tokens: dict[str, int]
+    if isinstance(answerer, EndpointSampler):
+        tokens = {k: v for k, v in answerer.counts.items() if k.endswith(("tokens", "tokens_cached"))}
+    else:
+        prompts = sum(t.num_tokens - t.num_sampled for g in draw.groups for t in g.trajectories[:1])
+        tokens = {"prompt_tokens": prompts, "completion_tokens": sum(t.num_sampled for t in answers)}
+    return {
+        "store": settings.out,
+        "teacher": settings.teacher.name,
+        "num_tasks": len(draw.groups),
+        "num_answers": len(answers),
+        "num_kept": sum(t.weight != 0 for t in answers),
+        "num_tasks_with_kept": sum(any(t.weight != 0 for t in g.trajectories) for g in draw.groups),
+        "left_out": left_out(answers),
+        "tokens": tokens,
+        "was_done": False,
+    }
+
+
+# -- the logit cache ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How a logit cache is made."""
+
+    k: int | None = None
+    """Entries kept; None takes the most that fit in 220 bytes a token."""
+    temperature: float = 1.0
+    precision: str = "packed"
+    max_kl: float | None = None
+    max_length: int = 2048
+
+
+def cache(
+    teacher: str,
+    data: str,
+    out: Path,
+    folder: Path,
+    *,
+    student: str | None = None,
+    options: CacheOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write what a teacher says at every target of recorded trajectories, rendered as the student will read them.
+
+    Args:
+        data: a trajectory store (what is kept of it) or a file of demonstrations.
+        student: whose tokenizer and template render the demonstrations; None takes the teacher's.
+
+    Raises:
+        ConfigError: student and teacher have different tokenizers. DataError: `max_kl` is exceeded.
+    """
+    o = options or CacheOptions()
+    bench = Workbench(
+        RunConfig(model=ModelSettings(name=_model_name(student or teacher, folder)), evaluation=None), folder
+    )
+    who = bench.teacher(TeacherSettings(name=teacher))
+    found = bench.demonstrations(DataSettings(path=data, max_length=o.max_length, overlong="drop"))
+    written = write_logit_cache(
+        out,
+        [t for g in found for t in g.trajectories],
+        who,
+        vocab_size=who.vocab_size or who.output_layer.weight_VD.shape[0],
+        tokenizer=bench.text.fingerprint,
+        k=o.k,
+        temperature=o.temperature,
+        precision=o.precision,
+        max_kl=o.max_kl,
+        progress=progress,
+    )
+    return {
+        "cache": str(out),
+        "teacher": teacher,
+        "num_trajectories": len(written),
+        "num_tokens": written.num_tokens,
+        "k": written.k,
+        "bytes_per_token": int(written.facts["bytes_per_token"]),
+        "fidelity": written.fidelity,
+        "notes": bench.notes,
+    }
+
+
+# -- the check ----------------------------------------------------------------------------------
+
+
+def check(
+    config: Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    progress: Progress | None = None,
+    confirm: Confirm | None = None,
+) -> TeacherReport:
+    """Compare teacher and student of a distillation config on its held-out questions, as a run would; train nothing.
+
+    Raises:
+        ConfigError: no stage has a teacher, or there are no questions with a verifier.
+    """
+    run, folder = load_config(config, overrides)
+    teacher = next((t for s in run.stages if (t := getattr(s, "teacher", None)) is not None), None)
+    if teacher is None:
+        raise ConfigError("no stage of this config has a teacher: set teacher.name")
+    if run.evaluation is None:
+        raise ConfigError("evaluation is null in this config: there is nothing to compare on")
+    bench = Workbench(run, folder, confirm=confirm)
+    try:
+        measuring = measuring_of(run, bench)
+        if measuring is None:
+            raise ConfigError(
+                "comparing a teacher needs held-out questions and a verifier: set tasks.heldout and verifier"
+            )
+        common = {
+            "text": bench.text,
+            "n": run.evaluation.n,
+            "params": measuring.params,
+            "seed": run.evaluation.seed,
+            "ks": (1,),
+            "greedy": False,
+            "chance": False,
+            "progress": progress,
+        }
+        results = []
+        for name in ("student", teacher.name):
+            is_student = name == "student"
+            hinted = [with_hint(teacher.hint)(t) for t in measuring.tasks] if teacher.hint else measuring.tasks
+            sampler = bench.sampler("student" if is_student or name in ("self", "average") else name, name)
+            tasks = measuring.tasks if is_student else hinted
+            results.append(evaluate(sampler, tasks, measuring.verifier, **common))  # type: ignore[arg-type]
+            bench.policy.use_plain_attention()
+        student, taught = results
+        has_logits = teacher.cache is None and not teacher.hint
+        return check_teacher(
+            SelfTeacher(bench.policy) if has_logits else None,
+            bench.teacher(teacher) if has_logits else None,
+            student_result=student,
+            teacher_result=taught,
+            teacher_trajectories=taught.trajectories[:32],
+            student_trajectories=student.trajectories[:32],
+            is_exempt=teacher.is_own_average,
+            allow_worse=True,
+        )
+    finally:
+        bench.close()
+
+
+def _model_name(name: str, folder: Path) -> str:
+    """A run's folder stands for its model."""
+    found = [p for p in (folder / name, Path(name)) if (p / "model" / "config.json").exists()]
+    return str(found[0] / "model") if found else name

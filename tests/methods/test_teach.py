@@ -1,0 +1,241 @@
+"""A teacher's answers into a store, filtered and resumed; SFT on it; its logit cache; and the check before a run."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tutelage.data.store import TrajectoryStore, TrajectoryWriter
+from tutelage.errors import ConfigError, DataError, SamplerError
+from tutelage.methods import teach
+from tutelage.methods.config import load_config
+from tutelage.methods.job import Job
+from tutelage.methods.settings import DataSettings
+from tutelage.methods.stored import stored_groups
+from tutelage.sources.cleaned import TextRules, cleaned, left_out, longest_paragraph
+from tutelage.text import ChatText
+from tutelage.types import Group, Status, Task, Trajectory, Verdict
+
+torch.set_num_threads(1)
+
+
+def settings(folder: Path, teacher: str, **more: Any) -> dict[str, Any]:
+    path = folder / "q.jsonl"
+    path.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(6)))
+    return {
+        "teacher": {"name": teacher, "precision": "float32"},
+        "tasks": {"kind": "jsonl", "path": str(path)},
+        "rollout": {"n": 3, "max_new_tokens": 5, "chunk_rows": 6},
+        "filters": {"truncated": False, "max_other_script": None},
+        "out": str(folder / "answers"),
+        **more,
+    }
+
+
+def generate(body: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    return teach.generate(teach.generate_settings(body), Path.cwd(), **kwargs)
+
+
+class Stopping:
+    """Progress that stops the work after some answers."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def start(self, what: str, total: int, unit: str) -> None: ...
+    def finish(self) -> None: ...
+
+    def advance(self, amount: int = 1, **numbers: float) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_generation_goes_on_to_the_same_answers(tmp_path: Path, tiny_folder: Path) -> None:
+    whole = generate(settings(tmp_path, str(tiny_folder), out=str(tmp_path / "whole")))
+    body = settings(tmp_path, str(tiny_folder))
+    with pytest.raises(KeyboardInterrupt):
+        generate(body, progress=Stopping(8))
+    chunks = list((tmp_path / "answers" / ".work").glob("*/drawn/chunk-*"))
+    assert 0 < len(chunks) < 3
+    report = generate(body)
+    assert report["num_answers"] == 18 == whole["num_answers"]
+    assert report["tokens"] == whole["tokens"]
+    assert list(TrajectoryStore(tmp_path / "answers")) == list(TrajectoryStore(tmp_path / "whole"))
+    assert generate(body)["was_done"]
+    with pytest.raises(ConfigError, match="other settings"):
+        generate(body | {"seed": 1})
+
+
+def test_verdicts_and_filters_mark_and_nothing_is_lost(tmp_path: Path, tiny_folder: Path) -> None:
+    verifier = {"kind": "regex", "pattern": "(?s).*[a-m].*", "accept_truncated": True, "workers": 1}
+    report = generate(settings(tmp_path, str(tiny_folder), verifier=verifier))
+    stored = list(TrajectoryStore(tmp_path / "answers"))
+    assert len(stored) == 18 and report["num_kept"] == sum(t.weight != 0 for t in stored)
+    assert report["left_out"]["rejected"] == sum(t.verdict.status is Status.REJECT for t in stored if t.verdict) > 0
+    assert all(t.weight == 0 for t in stored if t.verdict and not t.verdict.is_accepted)
+
+
+def answer(text: str, finish: str = "stop", **more: Any) -> Trajectory:
+    messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": text})
+    fields = {"id": text[:9], "task_id": "q", "task_hash": "q", "spans": ()}
+    return Trajectory(**{**fields, "completion": text, "messages": messages, "finish": finish, **more})
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "mark"),
+    [
+        ("What is 2 + 2?", "It is 4.", None),
+        ("What is 2 + 2?", "First we add. 我们先把两个数相加。 So 4.", "mixed language"),
+        ("Translate 我们先把 into English", "我们先把 means: first we", None),
+        ("What is the angle?", "The angle α is β + 𝛾, in total π.", None),
+        ("二加二?", "答案是四。", None),
+        ("What is 2 + 2?", "word " * 301, "long paragraph"),
+        ("What is 2 + 2?", ("word " * 200 + "\n\n") * 3, None),
+        ("What is 2 + 2?", "```python\nprint(2 + 2)\n```\nIt is 4.", "stray code"),
+        ("Write a Python function.", "```python\nprint(2 + 2)\n```", None),
+        ("Write a Python function.", "```python\nprint(2 + 2)", "stray code"),
+        ("What is 2 + 2?", "  \n", "empty"),
+    ],
+)
+def test_each_filter(question: str, text: str, mark: str | None) -> None:
+    task = Task(id="q", messages=({"role": "user", "content": question},))
+    (found,) = cleaned(Group(task=task, trajectories=(answer(text),)), TextRules())
+    assert (found.marks[-1] if found.marks else None) == mark and found.weight == (mark is None)
+
+
+def test_truncated_rejected_and_duplicate_answers_are_told_apart() -> None:
+    task = Task(id="q", messages=({"role": "user", "content": "?"},))
+    no = Verdict(status=Status.REJECT, score=0.0)
+    broken = Verdict(status=Status.ERROR)
+    answers = (answer("a b"), answer("a  b\n"), answer("c", "length"), answer("a b", verdict=no), answer("", "error"))
+    marked = cleaned(Group(task=task, trajectories=(*answers, answer("d", verdict=broken))), TextRules())
+    assert left_out(marked) == {"duplicate": 1, "truncated": 1, "rejected": 1, "no answer": 1, "error": 1}
+    assert marked[0].weight == 1 and longest_paragraph("这是一个很长的段落") == 9 + 1
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    fails_after = 10**9
+
+    def do_POST(self) -> None:
+        kind = type(self)
+        kind.asked += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status = 401 if kind.asked > kind.fails_after else 200
+        said = f"The answer is {body['messages'][-1]['content'][8:-1]}, seed {body['seed']}."
+        reply = {
+            "model": "big-1",
+            "choices": [{"message": {"content": said}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 5},
+        }
+        text = json.dumps(reply if status == 200 else {"error": "no credit"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, type[Endpoint]]]:
+    kind = type("Fresh", (Endpoint,), {})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", kind
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_an_endpoint_is_asked_only_for_what_is_missing_and_sft_reads_its_answers(
+    tmp_path: Path, tiny_folder: Path, endpoint: tuple[str, type[Endpoint]]
+) -> None:
+    url, server = endpoint
+    body = settings(tmp_path, "big") | {"teacher": {"name": "big", "url": url, "workers": 1}}
+    server.fails_after = 10
+    with pytest.raises(SamplerError, match="journal"):
+        generate(body)
+    server.fails_after, server.asked = 10**9, 0
+    report = generate(body)
+    assert server.asked == 8 and report["num_answers"] == 18
+    assert report["tokens"]["completion_tokens"] == 5 * 8 and report["tokens"]["completion_tokens_cached"] == 5 * 10
+    config, folder = load_config(sft(tmp_path, tiny_folder))
+    result = Job(config, folder)()
+    assert result["counts"]["steps"] == 2
+    notes = [e["note"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+             if e["event"] == "note"]  # fmt: skip
+    assert any("18 were rendered anew" in n for n in notes)
+
+
+def sft(folder: Path, model: Path) -> dict[str, Any]:
+    return {
+        "method": "sft",
+        "run_dir": str(folder / "run"),
+        "model": {"name": str(model), "precision": "float32"},
+        "data": {"path": str(folder / "answers")},
+        "train": {"batch_size": 9, "epochs": 1},
+    }
+
+
+def test_kept_answers_of_the_same_tokenizer_are_trained_as_they_were_sampled(tmp_path: Path, tiny_folder: Path) -> None:
+    generate(settings(tmp_path, str(tiny_folder)))
+    text = ChatText.from_pretrained(tiny_folder)
+    stored = [t for t in TrajectoryStore(tmp_path / "answers") if t.weight]
+    groups, notes = stored_groups(tmp_path / "answers", DataSettings(path="x"), text, lambda *a: pytest.fail(str(a)))
+    assert [t.token_ids for g in groups for t in g.trajectories] == [t.token_ids for t in stored]
+    assert f"{len(stored)} token-exact" in notes[0] and len(notes) == 1
+    config, folder = load_config(sft(tmp_path, tiny_folder))
+    assert Job(config, folder)()["counts"]["steps"] == -(-len(stored) // 9)
+
+
+def test_other_tokenizers_are_rendered_anew_and_long_ones_reported(tmp_path: Path, tiny_folder: Path) -> None:
+    text = ChatText.from_pretrained(tiny_folder)
+    with TrajectoryWriter(tmp_path / "s") as writer:
+        writer.write(answer("yes", tokenizer="other", extra={"completion_tokens": 1}))
+        writer.write(answer("no " * 100, task_hash="p", id="long"))
+        writer.write(answer("left out", weight=0.0, marks=("rejected",)))
+    reported: list[tuple[str, str]] = []
+    given = DataSettings(path="x", max_length=60, overlong="drop")
+    groups, notes = stored_groups(tmp_path / "s", given, text, lambda *a: reported.append(a))
+    (only,) = (t for g in groups for t in g.trajectories)
+    assert text.decode([i for s in only.spans if s.is_sampled for i in s.token_ids]).startswith("yes")
+    assert [where for where, _ in reported] == ["s/long"] and only.tokenizer == text.fingerprint
+    assert "2 of 3 trajectories are kept, 0 token-exact" in notes[0] and "2 were rendered anew" in notes[1]
+    with pytest.raises(DataError, match=r"data\.max_length is 60"):
+        stored_groups(tmp_path / "s", DataSettings(path="x", max_length=60), text, lambda *a: None)
+
+
+def test_a_cache_of_the_stored_answers_teaches(tmp_path: Path, tiny_folder: Path) -> None:
+    generate(settings(tmp_path, str(tiny_folder)))
+    written = teach.cache(str(tiny_folder), str(tmp_path / "answers"), tmp_path / "cache", tmp_path)
+    kept = [t for t in TrajectoryStore(tmp_path / "answers") if t.weight]
+    assert written["num_tokens"] == sum(t.num_targets for t in {t.token_ids: t for t in kept}.values())
+    more = {
+        "method": "distill_off_policy",
+        "teacher": {"name": str(tiny_folder), "cache": str(tmp_path / "cache")},
+        "divergence": {"kind": "forward_kl"},
+    }
+    config, folder = load_config(sft(tmp_path, tiny_folder) | more)
+    assert Job(config, folder)()["counts"]["steps"] == -(-len(kept) // 9)
+
+
+def test_settings_from_a_methods_config_and_unknown_keys(tmp_path: Path) -> None:
+    method = {
+        "method": "distill_off_policy",
+        "run_dir": "runs/x",
+        "teacher": {"name": "big", "is_checked": False},
+        "tasks": {"path": "q.jsonl"},
+        "train": {"lr": 1e-5},
+    }
+    made = teach.generate_settings(method, ["out=a", "rollout.n=4"])
+    assert (made.teacher.name, made.out, made.rollout.n) == ("big", "a", 4)
+    with pytest.raises(ConfigError, match=r'unknown key "teacher.ur" \(did you mean "teacher.url"\?\)'):
+        teach.generate_settings(method, ["out=a", "teacher.ur=x"])
