@@ -104,8 +104,11 @@ def test_rest_draws_once_and_improves_on_a_stricter_part_each_time(tmp_path: Pat
     settings = family("rest", tmp_path, tiny_folder, thresholds=[0.0, 0.4, 0.8], rounds=4, keep=keep)
     settings["saving"] = {"every_steps": 1}
     stop = StopRequest()
+    cut = job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == 11 else None)  # type: ignore
     with pytest.raises(Interrupted):
-        job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop, progress=StopAfter(stop, 50))()
+        cut()
     job(settings)()
     rounds = stored(tmp_path / "run")
     names = [[t.id for t in r] for r in rounds]
