@@ -19,7 +19,7 @@ from tutelage.methods.settings import DataSettings
 from tutelage.methods.stored import stored_groups
 from tutelage.sources.cleaned import TextRules, cleaned, left_out, longest_paragraph
 from tutelage.text import ChatText
-from tutelage.types import Group, Status, Task, Trajectory, Verdict
+from tutelage.types import Group, Span, Status, Task, Trajectory, Verdict
 
 torch.set_num_threads(1)
 
@@ -83,7 +83,7 @@ def test_verdicts_and_filters_mark_and_nothing_is_lost(tmp_path: Path, tiny_fold
 
 def answer(text: str, finish: str = "stop", **more: Any) -> Trajectory:
     messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": text})
-    fields = {"id": text[:9], "task_id": "q", "task_hash": "q", "spans": ()}
+    fields: dict[str, Any] = {"id": text[:9], "task_id": "q", "task_hash": "q", "spans": ()}
     return Trajectory(**{**fields, "completion": text, "messages": messages, "finish": finish, **more})
 
 
@@ -199,7 +199,8 @@ def test_kept_answers_of_the_same_tokenizer_are_trained_as_they_were_sampled(tmp
 def test_other_tokenizers_are_rendered_anew_and_long_ones_reported(tmp_path: Path, tiny_folder: Path) -> None:
     text = ChatText.from_pretrained(tiny_folder)
     with TrajectoryWriter(tmp_path / "s") as writer:
-        writer.write(answer("yes", tokenizer="other", extra={"completion_tokens": 1}))
+        theirs = Span(token_ids=(1, 2), role="assistant", author="big", is_sampled=True, is_trainable=True)
+        writer.write(answer("yes", tokenizer="other", spans=(theirs,)))
         writer.write(answer("no " * 100, task_hash="p", id="long"))
         writer.write(answer("left out", weight=0.0, marks=("rejected",)))
     reported: list[tuple[str, str]] = []
