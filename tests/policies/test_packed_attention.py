@@ -103,3 +103,26 @@ def test_products_are_for_training_in_bfloat16() -> None:
     assert packed_attention.choose_way(query.float(), [4]) == "kernel"
     with torch.no_grad():
         assert packed_attention.choose_way(query, [4]) == "kernel"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_at_the_start_of_a_run_sees_documents_that_see_each_other(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tutelage.data.collate import collate
+    from tutelage.errors import NumericsError
+    from tutelage.methods.job import TOLERANCE, _probe_row
+    from tutelage.policies.policy import check_forward
+    from tutelage.testing.tiny import tiny_model, tiny_tokenizer
+    from tutelage.text import ChatText
+
+    text = ChatText(tiny_tokenizer())
+    policy = Policy(tiny_model(dtype=dtype))
+    rows = [_probe_row(text, i) for i in range(3)]
+    batches = {"plain": collate(rows, layout="padded"), "packed": collate(rows, layout="packed")}
+    tolerance = TOLERANCE[str(dtype).removeprefix("torch.")]
+    assert check_forward(policy, batches, tolerance=tolerance) < tolerance
+    packed = batches["packed"]
+    leaking = dataclasses.replace(packed, cu_seqlens=packed.cu_seqlens[[0, -1]])
+    with pytest.raises(NumericsError, match=r"in the packed layout they differ by .* standard deviations.*padded"):
+        check_forward(policy, {**batches, "packed": leaking}, tolerance=tolerance)

@@ -139,14 +139,14 @@ def _is_pure_attention(config: Any) -> bool:
 
 @torch.no_grad()
 def check_forward(policy: Policy, batches: Mapping[str, Batch], *, tolerance: float) -> float:
-    """Largest difference between the logits used in training and the model's own, over the given batches.
+    """How far the logits used in training are from the model's own, at most over the given batches.
 
     Run once at the start of a run: it catches an architecture whose logits are made differently from what
     `OutputLayer` assumes, and an attention that lets packed documents see each other.
 
     Args:
         batches: the same trajectories, in the layouts the run will use, plus "plain": one a row, right-padded.
-        tolerance: largest allowed difference, as a share of the logits' standard deviation.
+        tolerance: largest allowed difference (root mean square), as a share of the logits' standard deviation.
 
     Raises:
         NumericsError: the difference is larger; the message names the layout.
@@ -166,7 +166,7 @@ def check_forward(policy: Policy, batches: Mapping[str, Batch], *, tolerance: fl
     worst = 0.0
     for name, batch in batches.items():
         got = policy.output_layer.logits(policy.target_hidden(batch)).float()
-        gap = float((got - expected).abs().max() / scale)
+        gap = float((got - expected).pow(2).mean().sqrt() / scale)
         worst = max(worst, gap)
         if not gap <= tolerance:
             raise NumericsError(
