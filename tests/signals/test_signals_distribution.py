@@ -160,8 +160,7 @@ def test_divergence_is_reported_by_teacher_and_position():
     one, two = cases.teacher(seed=5, order=1, name="one"), cases.teacher(seed=6, order=2, name="two")
     draw = two_task_draw(policy)
     signal = signal_of({"a": one, "b": two}, "forward_kl")
-    cases.gradient(policy, signal, draw, max_tokens=9)
-    metrics = signal.metrics(signal.take_sums())
+    _, metrics = cases.gradient(policy, signal, draw, max_tokens=9)
     for name, t in (("a", one), ("b", two)):
         own = [y for y in draw if y.task_name == name]
         nats = []

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 POINTS = {
-    "evaluating": ("tutelage.monitors.sampling", "sample_tasks"),
+    "evaluating": ("tutelage.evals.evaluate", "sample_tasks"),
     "sampling": ("tutelage.policies.sampler", "draw_tokens"),
     "committing a chunk": ("tutelage.data.rounds", "write_shard"),
     "judging": ("tutelage.sources.judged", "Judged._judge"),
