@@ -33,7 +33,7 @@ CARD = Card(
     eats="Prompts, and a teacher of the same vocabulary that is really better at the task.",
     policy="on: the prefixes are the student's own",
     when="An execution or exposure gap and a better teacher: it removes the mismatch between training and use.",
-    gotcha="The teacher must be close enough to grade the student's prefixes; entropy falls. Efficiency is directional.",
+    gotcha="Needs a teacher close enough to grade the student's prefixes; entropy falls; efficiency is directional.",
     cite=("arXiv:2306.13649", "arXiv:2306.08543", "arXiv:2402.03898", "thinkingmachines.ai 2025", "arXiv:2505.09388"),
 )
 
@@ -72,8 +72,8 @@ class DistillOnPolicy(Settings):
 
 def build(settings: DistillOnPolicy, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, grading and (by default) one update."""
-    rollout = settings.rollout
     source: Source
+    rollout = settings.rollout
     if settings.data is not None and settings.student_share < 1:
         source = StudentShare(
             bench.demonstrations(settings.data),
@@ -84,9 +84,8 @@ def build(settings: DistillOnPolicy, bench: "Workbench") -> Stage:
             rounds=settings.rounds,
         )
     else:
-        assert settings.tasks is not None
         source = Drawn(
-            bench.train_tasks(settings.tasks),
+            bench.train_tasks(settings.tasks),  # type: ignore[arg-type]  # checked by the settings
             n=rollout.n,
             params=bench.sampling(rollout),
             per_round=rollout.prompts_per_round,
