@@ -72,10 +72,9 @@ class DistillOnPolicy(Settings):
 
 def build(settings: DistillOnPolicy, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, grading and (by default) one update."""
-    source: Source
     rollout = settings.rollout
     if settings.data is not None and settings.student_share < 1:
-        source = StudentShare(
+        source: Source = StudentShare(
             bench.demonstrations(settings.data),
             share=settings.student_share,
             params=bench.sampling(rollout),
