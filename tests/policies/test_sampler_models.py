@@ -179,6 +179,17 @@ def test_new_weights_are_seen_whether_they_are_written_by_an_optimizer_or_throug
     assert scaled == sampler_of(model).sample(requests(n=1), params)
 
 
+def test_a_model_that_changes_its_dtype_is_followed():
+    model = tiny_model("llama")
+    sampler = sampler_of(model)
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    in_float32 = sampler.sample(requests(n=1), params)
+    model.to(torch.bfloat16)
+    assert sampler.sample(requests(n=1), params) == sampler_of(model).sample(requests(n=1), params)
+    model.to(torch.float32)
+    assert sampler.sample(requests(n=1), params) != in_float32  # the weights were rounded
+
+
 def test_lora_adapters_are_part_of_the_model():
     import peft
 

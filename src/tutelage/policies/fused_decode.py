@@ -149,7 +149,7 @@ class FusedEngine:
         self._layers: list[_Layer] = []
         self._head: Linear
         self._norm: Tensor
-        self._pools = RowPools(len(model.model.layers), self._num_keys, self._head_width, model.dtype, model.device)
+        self._pools: RowPools
         self.refresh()
 
     def refresh(self, *, force: bool = False) -> None:
@@ -158,6 +158,9 @@ class FusedEngine:
         if now == self._fingerprint and not force:
             return
         model, batch = self._model, 64
+        self._pools = RowPools(
+            len(model.model.layers), self._num_keys, self._head_width, model.lm_head.weight.dtype, model.device
+        )
         self._layers = [
             _Layer(
                 norm=layer.input_layernorm.weight.detach().clone(),
@@ -184,7 +187,7 @@ class FusedEngine:
         positions_N = torch.arange(longest, device=device).repeat(num_prompts)
         kept = torch.empty(
             (2, len(self._layers), num_prompts, longest, self._num_keys, self._head_width),
-            dtype=self._model.dtype,
+            dtype=self._model.lm_head.weight.dtype,
             device=device,
         )
 

@@ -54,7 +54,8 @@ class InProcessSampler:
 
     The model is used as it is (its dtype, its device, its adapters), in evaluation mode and without gradients; training
     mode is put back afterwards. On the first use the engine is checked against a plain full forward; one that differs
-    is replaced by a slower one and the reason is kept in `engine_notes`.
+    is replaced by a slower one and the reason is kept in `engine_notes`. The fast engine keeps a second copy of the
+    weights, laid out for decoding.
 
     Args:
         model: a transformers causal model, or a peft model around one.
@@ -137,9 +138,8 @@ class InProcessSampler:
         with _evaluation(self._model), torch.inference_mode():
             engine = self._ready_engine()
             try:
-                run = _Run(engine, sequences, params, self._stop_ids, self._decode, self._max_batch)
-                run.prefill_tokens = self._prefill_tokens
-                run.all(progress)
+                run = _Run(engine, sequences, params, self._stop_ids, self._decode)
+                run.all(progress, max_batch=self._max_batch, prefill_tokens=self._prefill_tokens)
             finally:
                 engine.reset()
         answers: list[list[Completion]] = [[] for _ in requests]
@@ -159,7 +159,7 @@ class InProcessSampler:
 
     def _sequences(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[_Sequence]:
         config = self._model.config.get_text_config(decoder=True)
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = getattr(config, "max_position_embeddings", None) or -1
         found = []
         for r, request in enumerate(requests):
             ids = tuple(int(i) for i in request.prompt_ids)
@@ -171,7 +171,7 @@ class InProcessSampler:
                     f"prompt ids must be below the model's vocabulary of {config.vocab_size}, got {min(ids)} to "
                     f"{max(ids)} ({where}): the tokenizer belongs to another model"
                 )
-            room = params.max_new_tokens if positions is None else min(params.max_new_tokens, positions - len(ids))
+            room = params.max_new_tokens if positions < 0 else min(params.max_new_tokens, positions - len(ids))
             if room < 1:
                 raise SamplerError(
                     f"a prompt must be shorter than the model's {positions} positions, got {len(ids)} tokens "
@@ -261,8 +261,6 @@ def _evaluation(model: Any) -> Iterator[None]:
 class _Run:
     """One call of `sample`: which rows are in the batch, and what they have written."""
 
-    prefill_tokens = 2048
-
     def __init__(
         self,
         engine: Engine,
@@ -270,46 +268,42 @@ class _Run:
         params: SamplingParams,
         stop_ids: frozenset[int],
         decode: Callable[[Sequence[int]], str],
-        max_batch: int,
     ) -> None:
         self._engine = engine
         self._params = params
         self._stop_ids = stop_ids
         self._decode = decode
-        self._max_batch = max_batch
         self._waiting = deque(sequences)
         self._total = len(sequences)
         self._active: list[_Sequence] = []
         self._uses = Counter(s.prompt for s in sequences)
         self._prefilled: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
 
-    def all(self, progress: Progress | None) -> None:
+    def all(self, progress: Progress | None, *, max_batch: int, prefill_tokens: int) -> None:
         if progress is not None:
             progress.start("sampling", self._total, "completions")
-        done = 0
         while self._waiting or self._active:
             leaving: list[int] = []
             if self._active:
                 logits_AV = self._engine.step([s.tokens[-1] for s in self._active])
                 self._draw(self._active, logits_AV)
                 leaving = [i for i, s in enumerate(self._active) if s.finish]
-            joining, ended_at_once = self._admit(self._max_batch - len(self._active) + len(leaving))
+            joining, ended_at_once = self._admit(max_batch - len(self._active) + len(leaving), prefill_tokens)
             order = self._engine.recompose(leaving, [self._prefilled[s.prompt][1] for s in joining])
             self._active = [self._active[i] if i >= 0 else joining[-1 - i] for i in order]
             self._release(joining)
             if progress is not None and (leaving or ended_at_once):
                 progress.advance(len(leaving) + ended_at_once)
-            done += len(leaving) + ended_at_once
         if progress is not None:
             progress.finish()
 
-    def _admit(self, room: int) -> tuple[list[_Sequence], int]:
+    def _admit(self, room: int, prefill_tokens: int) -> tuple[list[_Sequence], int]:
         """Waiting sequences, by index, with their first token drawn; and how many of them ended with it."""
         joining: list[_Sequence] = []
         ended = 0
         while room > len(joining) and self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(room - len(joining), len(self._waiting)))]
-            self._prefill(batch)
+            self._prefill(batch, prefill_tokens)
             self._draw(batch, torch.stack([self._prefilled[s.prompt][0] for s in batch]))
             finished = [s for s in batch if s.finish]
             joining += [s for s in batch if not s.finish]
@@ -317,7 +311,7 @@ class _Run:
             self._release(finished)
         return joining, ended
 
-    def _prefill(self, batch: Sequence[_Sequence]) -> None:
+    def _prefill(self, batch: Sequence[_Sequence], most_tokens: int) -> None:
         """Compute the prompts that the batch needs, and with them the next few waiting ones while there is room."""
         while True:
             missing = [p for p in dict.fromkeys(s.prompt for s in batch) if p not in self._prefilled]
@@ -326,7 +320,7 @@ class _Run:
             ahead = (s.prompt for s in islice(self._waiting, 64) if s.prompt not in self._prefilled)
             chosen: list[tuple[int, ...]] = []
             for prompt in dict.fromkeys([*missing, *ahead]):
-                if chosen and max(map(len, [*chosen, prompt])) * (len(chosen) + 1) > self.prefill_tokens:
+                if chosen and max(map(len, [*chosen, prompt])) * (len(chosen) + 1) > most_tokens:
                     break
                 chosen.append(prompt)
             logits_PV, states = self._engine.prefill(chosen)
