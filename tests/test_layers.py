@@ -16,6 +16,7 @@ LAYERS = [
     ["sources", "signals", "monitors"],
     ["train", "evals"],
     ["methods", "report"],
+    ["claims"],
     ["serve", "ctf"],
     ["cli", "api"],
 ]

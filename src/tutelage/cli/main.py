@@ -94,6 +94,25 @@ def methods(
 
 
 @app.command()
+def claims(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which claims; none runs all.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; fewer than 4 decide nothing.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for one JSON file a claim; its page goes beside it as FOLDER.md.")
+    ] = None,
+    as_list: Annotated[bool, typer.Option("--list", help="List the claims; run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What is said of imitation learning, as experiments: each holds here, does not, or cannot be said."""
+    from tutelage.cli import claims as claims_cli
+
+    if as_list:
+        claims_cli.listing(console(as_json), as_json=as_json)
+    else:
+        claims_cli.run(names or [], console(as_json), seeds=seeds, into=out, as_json=as_json)
+
+
+@app.command()
 def demo(
     run_dir: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     settings: Settings = None,
