@@ -16,18 +16,19 @@ def train(config: str | Path | Mapping[str, Any], **settings: Any) -> dict[str, 
     >>> tutelage.train("examples/sft_chat.yaml", run_dir="runs/a", train__lr=1e-5)  # doctest: +SKIP
     """
     from tutelage.methods.config import load_config
-    from tutelage.methods.job import Job
+    from tutelage.methods.control_arm import run_job
 
     run_config, folder = load_config(config, {k.replace("__", "."): v for k, v in settings.items()})
-    return Job(run_config, folder)()
+    return run_job(run_config, folder)
 
 
 def resume(run_dir: str | Path) -> dict[str, Any]:
     """Go on with a run that was stopped or killed."""
-    from tutelage.methods.job import Job, config_of
+    from tutelage.methods.control_arm import run_job
+    from tutelage.methods.job import config_of
 
     run_config, folder = config_of(Path(run_dir))
-    return Job(run_config, folder, is_resume=True)()
+    return run_job(run_config, folder, is_resume=True)
 
 
 def evaluate(config: str | Path | Mapping[str, Any], model: str, *, against: str | None = None) -> dict[str, Any]:

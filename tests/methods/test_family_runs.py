@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_job import StopAfter, assert_same_run, demonstrations, job, metrics, rejection, weights, write_verifier
 
+from tutelage.data.rounds import RoundStore
 from tutelage.data.store import Manifest, TrajectoryStore
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.methods.config import load_config
@@ -228,6 +230,85 @@ def test_graduation_ends_the_stage_and_rl_goes_on_from_its_checkpoint(tmp_path: 
     config, folder = config_of(tmp_path / "cut")
     Job(config, folder, is_resume=True)()
     assert_same_run(run, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("stop_at", [20, 45])
+def test_a_verdict_between_two_updates_ends_the_stage_there(tmp_path: Path, tiny_folder: Path, stop_at: int) -> None:
+    rl = {"rounds": 1, "train": {"lr": 1e-4, "batch_size": None}, "truncated": "keep"}
+    more = {"then": "rl", "rl": rl, "saving": {"every_steps": 1}, "rollout": {"n": 4, "max_new_tokens": 6}}
+    settings = graduating(tmp_path, tiny_folder, "whole", **more)
+    settings["probe"]["every_steps"] = 1
+    settings["train"] = {**settings.get("train", {}), "lr": 1e-3, "batch_size": 2, "epochs": 4}
+    job(settings)()
+    run = tmp_path / "whole"
+    ends = [e for e in events(run, "verdict") if e["stop"]]
+    assert [e["verdict"] for e in ends] == ["GRADUATE"]
+    cut = events(run, "round_cut")[0]
+    updates = [m["step"] for m in metrics(run) if m["stage"] == 0]
+    assert len(updates) == ends[0]["step"] and cut["round"] == ends[0]["round"]
+    done = [m for m in metrics(run) if m["stage"] == 0 and m["round"] == cut["round"]]
+    kept = events(run, "draw")[cut["round"]]["data/num_kept"]
+    assert len(done) == cut["steps_done"] < 4 * math.ceil(kept / 2)  # updates of the round were left out
+    assert events(run, "stage_end")[0]["ended_by"] == "GRADUATE"
+    assert (run / "trajectories" / f"stage0-round{cut['round']:05d}.parquet").exists()
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop, progress=StopAfter(stop, stop_at))()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(run, tmp_path / "cut")
+
+
+def test_drift_retention_and_heldout_demonstrations_reach_the_monitor(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = graduating(tmp_path, tiny_folder, "whole", saving={"every_steps": 1})
+    settings["rounds"], settings["graduation"]["min_tasks"] = 2, 1000
+    shown = demonstrations(tmp_path, tiny_folder)["data"]
+    other = {"name": "other", "tasks": settings["tasks"], "verifier": settings["verifier"], "questions": 5, "n": 4}
+    settings["probe"] |= {"every_steps": 0, "retention": [other], "heldout": shown, "kl_n": 2}
+    job(settings)()
+    run = tmp_path / "whole"
+    verdicts = events(run, "verdict")
+    drift = [v["criteria"]["G9"]["details"] for v in verdicts]
+    assert abs(drift[0]["kl_forward"]["value"]) < 1e-5 and abs(drift[0]["kl_reverse"]["value"]) < 1e-5
+    assert drift[0]["retention"]["other"]["value"] == 0
+    assert all(abs(d[kl]["value"]) > 1e-4 for d in drift[1:] for kl in ("kl_forward", "kl_reverse"))
+    assert verdicts[-1]["criteria"]["G9"]["verdict"] != "INSUFFICIENT"
+    assert verdicts[-1]["criteria"]["G8"]["details"]["by"] == "lowest held-out NLL"
+    samples = RoundStore(run / "probes" / "reference-rejection_sampling").load(0)
+    assert samples is not None and len(samples) == 2 * 9
+    cost = verdicts[-1]["cost"]
+    assert cost["all_tokens"] >= cost["probe_tokens"] > 9 * 8  # retention's samples are counted too
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop, progress=StopAfter(stop, 45))()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(run, tmp_path / "cut")
+    again = RoundStore(tmp_path / "cut" / "probes" / "reference-rejection_sampling").load(0)
+    assert [t.token_ids for t in again or ()] == [t.token_ids for t in samples]
+
+
+def test_drift_may_be_measured_from_an_earlier_stage(tmp_path: Path, tiny_folder: Path) -> None:
+    practice = graduating(tmp_path, tiny_folder, "run")
+    shared = {k: practice.pop(k) for k in ("run_dir", "model", "evaluation", "system") if k in practice}
+    practice |= {"rounds": 1, "name": "practice"}
+    practice["graduation"]["min_tasks"] = 1000
+    practice["probe"] |= {"every_steps": 0, "reference": "stage:cold_start", "questions": 4}
+    cold = {"method": "sft", "name": "cold_start", "data": demonstrations(tmp_path, tiny_folder)["data"]}
+    cold["train"] = {"lr": 1e-2, "epochs": 1}
+    job({**shared, "stages": [cold, practice]})()
+    first, last = (v["criteria"]["G9"]["details"] for v in events(tmp_path / "run", "verdict"))
+    assert abs(first["kl_forward"]["value"]) < 1e-5 and abs(first["kl_reverse"]["value"]) < 1e-5
+    assert abs(last["kl_forward"]["value"]) > 1e-4
+
+
+def test_heldout_demonstrations_that_are_trained_on_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = graduating(tmp_path, tiny_folder, "run")
+    data = demonstrations(tmp_path, tiny_folder)["data"]
+    settings["probe"]["heldout"] = data
+    shared = {k: settings.pop(k) for k in ("run_dir", "model", "evaluation", "system") if k in settings}
+    with pytest.raises(ConfigError, match=r"trained on by stage 'cold_start'"):
+        job({**shared, "stages": [{"method": "sft", "name": "cold_start", "data": data}, settings]})()
 
 
 def test_rl_is_skipped_where_the_monitor_did_not_say_so(tmp_path: Path, tiny_folder: Path) -> None:

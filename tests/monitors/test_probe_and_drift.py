@@ -250,7 +250,7 @@ def test_the_prober_measures_drift_both_ways_and_held_out_nll():
         base_samples=base_samples,
         policy_scorer=Table(Q),
         heldout=base_samples[:3],
-        extras=lambda: {"at_temperature_cap": True},
+        extras=lambda ctx: {"at_temperature_cap": True, "tokens": 5},
     )
     probe = p(context(OneToken(Q, version="v1")))
     assert probe.kl_forward.value == pytest.approx(sampled_kl(base_samples, Table(Q)).value)

@@ -134,7 +134,7 @@ def test_replay_uses_earlier_rollouts_and_survives_a_resume(tmp_path, stored):
         return StudentShare(groups(), share=AdaptiveShare(start=0.8), per_round=20, rounds=4, buffer_size=5)
 
     def ctx(r):
-        return context(r, store=tmp_path / "work" / f"r{r}") if stored else context(r)
+        return context(r, store=tmp_path / "work" / f"r{r}", kept=tmp_path / "kept") if stored else context(r)
 
     source = make()
     draws, states = [], []

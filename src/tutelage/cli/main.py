@@ -40,13 +40,17 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show settings, data, tokens and time; train nothing.")
     ] = False,
+    match_budget: Annotated[
+        str | None, typer.Option(help="random: also train a control arm on as many random completions.")
+    ] = None,
     as_json: Json = False,
     yes: Yes = False,
 ) -> None:
     """Train by a config: `tutelage train examples/sft_chat.yaml train.lr=1e-5`."""
     from tutelage.cli import runs
 
-    run_config, folder = runs.load(config, settings or [])
+    more = [] if match_budget is None else [f"match_budget={match_budget}"]
+    run_config, folder = runs.load(config, [*(settings or []), *more])
     out = console(as_json)
     if dry_run:
         runs.dry_run(run_config, folder, out, as_json=as_json, yes=yes)

@@ -21,10 +21,9 @@ load = load_config
 
 def train(config: RunConfig, folder: Path, out: Console, *, yes: bool) -> dict[str, Any]:
     """Run a new job."""
-    job = _job(config, folder, out, yes=yes, is_resume=False)
     out.print(f"run [bold]{config.run_dir}[/]: {', '.join(s.name for s in config.stages)} on {config.model.name}")
     _say_provenance(config, out)
-    return job()  # type: ignore[no-any-return]
+    return _run(config, folder, out, yes=yes, is_resume=False)
 
 
 def resume(run_dir: Path, out: Console, *, yes: bool) -> dict[str, Any]:
@@ -32,9 +31,8 @@ def resume(run_dir: Path, out: Console, *, yes: bool) -> dict[str, Any]:
     from tutelage.methods.job import config_of
 
     config, folder = config_of(run_dir)
-    job = _job(config, folder, out, yes=yes, is_resume=True)
     out.print(f"resuming [bold]{run_dir}[/]")
-    return job()  # type: ignore[no-any-return]
+    return _run(config, folder, out, yes=yes, is_resume=True)
 
 
 def demo(run_dir: Path, settings: Sequence[str], out: Console) -> dict[str, Any]:
@@ -55,8 +53,8 @@ def demo_settings() -> dict[str, Any]:
     return dict(yaml.safe_load(text))
 
 
-def _job(config: RunConfig, folder: Path, out: Console, *, yes: bool, is_resume: bool) -> Any:
-    from tutelage.methods.job import Job
+def _run(config: RunConfig, folder: Path, out: Console, *, yes: bool, is_resume: bool) -> dict[str, Any]:
+    from tutelage.methods.control_arm import run_job
     from tutelage.train.distributed import Processes
 
     accelerator = None
@@ -67,7 +65,7 @@ def _job(config: RunConfig, folder: Path, out: Console, *, yes: bool, is_resume:
     processes = Processes(accelerator)
     progress = TerminalProgress(out) if processes.is_first else None
     confirm = (lambda _: True) if yes else (_ask if is_interactive() else None)
-    return Job(config, folder, progress=progress, is_resume=is_resume, processes=processes, confirm=confirm)
+    return run_job(config, folder, progress=progress, is_resume=is_resume, processes=processes, confirm=confirm)
 
 
 def _has_cuda() -> bool:
@@ -94,15 +92,16 @@ def _say_provenance(config: RunConfig, out: Console) -> None:
 
 def dry_run(config: RunConfig, folder: Path, out: Console, *, as_json: bool, yes: bool) -> None:
     """Resolved settings, memory, tokens, and three samples with their tokens coloured; trains and writes nothing."""
-    from tutelage.methods import METHODS
     from tutelage.methods.config import dump_config
     from tutelage.methods.estimate import estimate
+    from tutelage.methods.handover import plan_of
     from tutelage.methods.workbench import Workbench
     from tutelage.train.loop import describe
 
     bench = Workbench(config, folder, confirm=(lambda _: True) if yes else None)
-    stages = [METHODS[s.method].build(s, bench) for s in config.stages]
-    facts = estimate(config, bench, stages)
+    plan = plan_of(config, bench)
+    stages = [stage for _, stage in plan]
+    facts = estimate(bench, plan)
     if as_json:
         print_json({"config": yaml.safe_load(dump_config(config, {})), "plan": describe(stages), **facts.to_json()})
         bench.close()
@@ -145,6 +144,9 @@ def show(result: Mapping[str, Any], out: Console, *, as_json: bool) -> None:
             f"gain in pass@1 on held-out questions: [bold]{gain['value']:+.3f}[/] "
             f"(95% paired bootstrap {_interval(gain['ci95'])})"
         )
+    if arm := result.get("match_budget"):
+        kept = [f"{int(a or 0)} and {int(b or 0)}" for a, b in zip(arm["kept"], arm["control_kept"], strict=False)]
+        out.print(f"control arm on as many random completions, kept by round (run and arm): {', '.join(kept)}")
     _print_counts(result, out)
     provenance = result["base"].get("provenance")
     if provenance:

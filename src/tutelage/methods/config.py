@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -61,6 +61,8 @@ class RunConfig(Settings):
     """null measures nothing."""
     saving: SavingSettings = Field(default_factory=SavingSettings)
     system: SystemSettings = Field(default_factory=SystemSettings)
+    match_budget: Literal["random"] | None = None
+    """random: afterwards the same run again on as many random completions, as a control arm."""
     max_logprob_gap: float | None = 0.5
     """Largest mean difference (nats) between sampler's and trainer's log-probabilities before the run stops."""
     stages: tuple[Any, ...] = ()

@@ -6,8 +6,9 @@ from pydantic import Field
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import DataSettings, KeepSettings, Positive, RolloutSettings, TrainSettings
-from tutelage.sources import Accepted, Judged, Mixed, Recorded
+from tutelage.sources import Judged, Mixed, Recorded
 from tutelage.train.loop import Stage
 from tutelage.types import Source
 
@@ -50,7 +51,7 @@ class DataStage(Imitation):
 def build(settings: DataStage, bench: "Workbench") -> Stage:
     """One pass of sampling and filtering, with the other data beside it."""
     judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
-    source: Source = Accepted(judged, bench.keep(settings.keep))
+    source: Source = accepted_of(judged, settings.keep, bench)
     if settings.data is not None:
         source = Mixed({"sampled": source, "data": Recorded(bench.demonstrations(settings.data))})
     return stage_of(settings, bench, source)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from tutelage.methods.card import Card
+from tutelage.methods.family import drawn_of
+from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import (
     DataSettings,
     KeepSettings,
@@ -16,7 +18,7 @@ from tutelage.methods.settings import (
 )
 from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
 from tutelage.signals import HardTargets
-from tutelage.sources import Accepted, Drawn, Judged, Recorded
+from tutelage.sources import Judged, Recorded
 from tutelage.train.loop import Stage
 from tutelage.types import Signal, Source
 
@@ -78,15 +80,9 @@ def build(settings: DistillOffPolicy, bench: "Workbench") -> Stage:
         source = Recorded(bench.demonstrations(settings.data))
     else:
         assert settings.tasks is not None
-        source = Drawn(
-            bench.train_tasks(settings.tasks),
-            author=settings.teacher.name,
-            n=settings.rollout.n,
-            params=bench.sampling(settings.rollout),
-            chunk_rows=settings.rollout.chunk_rows,
-        )
+        source = drawn_of(settings, bench, author=settings.teacher.name)
         if settings.verifier is not None:
-            source = Accepted(Judged(source, bench.verifier(settings.verifier)), bench.keep(settings.keep))
+            source = accepted_of(Judged(source, bench.verifier(settings.verifier)), settings.keep, bench)
     signal: Signal = HardTargets(divisor=settings.train.divisor)
     if settings.divergence is not None:
         signal = bench.teacher_signal(settings.teacher, settings.divergence, settings.train.divisor)

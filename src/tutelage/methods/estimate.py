@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tutelage.methods.config import RunConfig
 from tutelage.methods.workbench import Workbench
 from tutelage.train.loop import Stage
 from tutelage.types import Draw, DrawContext, Span, Trajectory
@@ -51,14 +50,14 @@ class Estimate:
         ]
 
 
-def estimate(config: RunConfig, bench: Workbench, stages: Sequence[Stage]) -> Estimate:
-    """Figures for a plan, without training or sampling anything."""
+def estimate(bench: Workbench, plan: Sequence[tuple[Any, Stage]]) -> Estimate:
+    """Figures for a plan (`handover.plan_of`), without training or sampling anything."""
     parameters = list(bench.policy.model.parameters())
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     sampled = trained = 0
     samples: list[Trajectory] = []
-    for settings, stage in zip(config.stages, stages, strict=True):
+    for settings, stage in plan:
         drawn, targets, shown = _stage_tokens(settings, stage, bench)
         sampled += drawn
         trained += targets
@@ -68,7 +67,7 @@ def estimate(config: RunConfig, bench: Workbench, stages: Sequence[Stage]) -> Es
     return Estimate(
         num_parameters=total,
         num_trainable=trainable,
-        memory_bytes=_memory(parameters, bench, max(s.trainer.max_tokens for s in stages)),
+        memory_bytes=_memory(parameters, bench, max(s.trainer.max_tokens for _, s in plan)),
         tokens_sampled_at_most=sampled,
         tokens_trained_at_most=trained,
         seconds_at_most=seconds,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tutelage.methods.questions import checked_tasks
 from tutelage.methods.settings import (
     GraduationThresholds,
     KeepSettings,
@@ -68,11 +69,11 @@ class Imitation(Sampling):
         return self
 
 
-def drawn_of(settings: Sampling, bench: "Workbench", *, author: str = "student") -> Drawn:
+def drawn_of(settings: Any, bench: "Workbench", *, author: str = "student") -> Drawn:
     """The stage's own completions."""
     rollout = settings.rollout
     return Drawn(
-        bench.train_tasks(settings.tasks),
+        checked_tasks(settings, bench),
         author=author,
         n=rollout.n,
         params=bench.sampling(rollout),

@@ -38,6 +38,17 @@ def following(settings: Any, bench: "Workbench") -> list[Stage]:
     return [replace(rl.build(rl_settings(settings), bench), after="GRADUATE")]
 
 
+def plan_of(config: "RunConfig", bench: "Workbench") -> list[tuple[Any, Stage]]:
+    """Every stage with its settings, in order; `then: rl` adds the one that follows."""
+    from tutelage.methods import METHODS
+
+    out: list[tuple[Any, Stage]] = []
+    for settings in config.stages:
+        out.append((settings, METHODS[settings.method].build(settings, bench)))
+        out += [(rl_settings(settings), stage) for stage in following(settings, bench)]
+    return out
+
+
 def rl_settings(settings: Any) -> Any:
     """Settings of the RL stage: its own, and the imitation stage's questions, verifier and rollout."""
     from tutelage.methods import rl

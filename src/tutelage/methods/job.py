@@ -18,10 +18,9 @@ from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError
 from tutelage.evals import EvalResult, compare, compare_controls, evaluate
 from tutelage.evals.teacher_check import check_teacher
-from tutelage.methods import METHODS
 from tutelage.methods.config import RunConfig, dump_config, load_config
 from tutelage.methods.costs import run_ledger
-from tutelage.methods.handover import export_handover, following
+from tutelage.methods.handover import export_handover, plan_of
 from tutelage.methods.teacher_settings import TeacherSettings
 from tutelage.methods.workbench import Confirm, Workbench, with_examples
 from tutelage.policies import smollm2
@@ -149,11 +148,7 @@ class Job:
         """The config's stages as sources and signals."""
 
         def build() -> list[Stage]:
-            plan = []
-            for settings in self.config.stages:
-                plan.append(METHODS[settings.method].build(settings, self.bench))
-                plan += following(settings, self.bench)
-            return plan
+            return [stage for _, stage in plan_of(self.config, self.bench)]
 
         return self._timed("build", build)
 

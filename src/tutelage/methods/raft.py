@@ -7,8 +7,9 @@ from pydantic import Field
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.methods.keeping import accepted_of, keep_of
 from tutelage.methods.settings import KeepSettings, Positive, RolloutSettings, TrainSettings
-from tutelage.sources import Accepted, Judged
+from tutelage.sources import Judged
 from tutelage.train.loop import Stage
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class RAFT(Imitation):
 
 def build(settings: RAFT, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, ranking, and training on the best."""
-    keep = bench.keep(settings.keep)
+    keep = keep_of(settings.keep)
     if not settings.is_accepted_only and keep.min_score is None:
         keep = replace(keep, min_score=float("-inf"))
     judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
-    return stage_of(settings, bench, Accepted(judged, keep))
+    return stage_of(settings, bench, accepted_of(judged, settings.keep, bench, keep=keep))

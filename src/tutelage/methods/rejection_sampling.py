@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
-from tutelage.sources import Accepted, Judged
+from tutelage.methods.keeping import accepted_of
+from tutelage.sources import Judged
 from tutelage.train.loop import Stage
 
 if TYPE_CHECKING:
@@ -45,4 +46,4 @@ class RejectionSampling(Imitation):
 def build(settings: RejectionSampling, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, judging, keeping and training."""
     judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
-    return stage_of(settings, bench, Accepted(judged, bench.keep(settings.keep)))
+    return stage_of(settings, bench, accepted_of(judged, settings.keep, bench))

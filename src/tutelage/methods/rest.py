@@ -6,8 +6,9 @@ from pydantic import Field
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.methods.keeping import accepted_of, budget_of, keep_of
 from tutelage.methods.settings import KeepSettings, Positive, RolloutSettings, TrainSettings
-from tutelage.sources import Accepted, Judged, RisingThresholds
+from tutelage.sources import Judged, RisingThresholds
 from tutelage.train.loop import Stage
 
 if TYPE_CHECKING:
@@ -73,7 +74,11 @@ def build(settings: ReST, bench: "Workbench") -> Stage:
     """Grow rounds draw, and every round improves on the newest draw."""
     judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
     source = RisingThresholds(
-        judged, settings.thresholds, keep=bench.keep(settings.keep), are_quantiles=settings.are_quantiles
+        judged,
+        settings.thresholds,
+        keep=keep_of(settings.keep),
+        are_quantiles=settings.are_quantiles,
+        budget=budget_of(settings.keep, bench),
     )
     return stage_of(settings, bench, source)
 
@@ -81,4 +86,4 @@ def build(settings: ReST, bench: "Workbench") -> Stage:
 def build_em(settings: ReSTEM, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, judging, keeping and training from base."""
     judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
-    return stage_of(settings, bench, Accepted(judged, bench.keep(settings.keep)))
+    return stage_of(settings, bench, accepted_of(judged, settings.keep, bench))

@@ -6,8 +6,9 @@ from pydantic import Field
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import DataSettings, KeepSettings, Positive, RolloutSettings, TrainSettings
-from tutelage.sources import Accepted, Judged, Mixed, Paths, Recorded, Replay
+from tutelage.sources import Judged, Mixed, Paths, Recorded, Replay
 from tutelage.train.loop import Stage
 from tutelage.types import Source
 
@@ -55,7 +56,7 @@ def build(settings: RFT, bench: "Workbench") -> Stage:
     sources: dict[str, Source] = {}
     for author in settings.samplers:
         judged = Paths(Judged(drawn_of(settings, bench, author=author), verifier), check=settings.is_checked)
-        kept: Source = Accepted(judged, bench.keep(settings.keep))
+        kept: Source = accepted_of(judged, settings.keep, bench)
         sources[author] = Replay(kept) if settings.rounds > 1 and len(settings.samplers) == 1 else kept
     if settings.gold is not None:
         sources["gold"] = Recorded(bench.demonstrations(settings.gold))

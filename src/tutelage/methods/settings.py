@@ -170,8 +170,26 @@ class KeepSettings(Settings):
     """At most this many of a prompt."""
     order: Literal["shortest", "sampled"] = "shortest"
     """Which come first where a rule must choose."""
-    random_budget: bool = False
-    """The control arm: as many as the rules would keep, drawn by lot among all samples of the prompt."""
+    random_budget: bool | str = False
+    """The control arm: as many as the rules would keep, drawn by lot among all samples of the prompt. A run's folder:
+    as many as that run kept of the prompt in the same round."""
+
+
+class RetentionSettings(Settings):
+    """Another ability that training should not cost."""
+
+    name: str
+    """What it is called in the verdicts."""
+    tasks: TaskSettings
+    """Its questions; held-out ones where there are any."""
+    verifier: VerifierSettings
+    """Judges its answers."""
+    questions: Positive = 64
+    """How many."""
+    n: Positive = 4
+    """Samples a question, at temperature 1."""
+    max_new_tokens: Positive | None = None
+    """Longest answer; None is the rollout's."""
 
 
 class ProbeSettings(Settings):
@@ -182,9 +200,20 @@ class ProbeSettings(Settings):
     n: Positive = 8
     """Samples a question, at temperature 1. Graduation takes 16."""
     every_steps: int = Field(0, ge=0)
-    """Graduation: also probe within a round, every this many updates. 0 probes after rounds only."""
+    """Graduation: also probe within a round, every this many updates, and stop there if the verdict says so. 0 probes
+    after rounds only."""
     max_new_tokens: Positive | None = None
     """Longest answer; None is the rollout's."""
+    reference: str = "base"
+    """Graduation: what drift is measured from: base, the model the run began with, or stage:NAME."""
+    kl: bool = True
+    """Graduation: measure the KL to the reference, both ways; the reference is then held in memory too."""
+    kl_n: Positive = 4
+    """Samples a question by the reference, for KL(reference ‖ policy)."""
+    retention: tuple[RetentionSettings, ...] = ()
+    """Graduation: other abilities, compared with the reference at every probe."""
+    heldout: DataSettings | None = None
+    """Graduation: demonstrations that nothing trains on; their likelihood chooses the checkpoint to hand over."""
 
 
 class GraduationThresholds(Settings):

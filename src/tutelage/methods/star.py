@@ -6,9 +6,10 @@ from pydantic import Field
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
+from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import KeepSettings, Positive, RolloutSettings, TrainSettings
 from tutelage.signals import with_hint
-from tutelage.sources import Accepted, Hinted, Judged
+from tutelage.sources import Hinted, Judged
 from tutelage.train.loop import Stage
 
 if TYPE_CHECKING:
@@ -64,4 +65,4 @@ def build(settings: STaR, bench: "Workbench") -> Stage:
             n=settings.hint_n,
             chunk_rows=settings.rollout.chunk_rows,
         )
-    return stage_of(settings, bench, Accepted(source, bench.keep(settings.keep)))
+    return stage_of(settings, bench, accepted_of(source, settings.keep, bench))

@@ -22,7 +22,6 @@ from tutelage.errors import ConfigError, DataError, TemplateError
 from tutelage.methods.config import RunConfig
 from tutelage.methods.settings import (
     DataSettings,
-    KeepSettings,
     RolloutSettings,
     TaskSettings,
     TrainSettings,
@@ -42,7 +41,6 @@ from tutelage.policies.teachers import (
 )
 from tutelage.signals import HintedPrompt, MiniLLM, SampledLogRatio, TeacherDistribution
 from tutelage.signals.routing import with_hint
-from tutelage.sources import Keep
 from tutelage.text import ChatText
 from tutelage.train.distributed import Processes
 from tutelage.train.optim import Optimizer
@@ -451,18 +449,6 @@ class Workbench:
         except ConfigError as error:
             return self.confirm(str(error))
         return True
-
-    def keep(self, settings: KeepSettings) -> Keep:
-        return Keep(
-            min_score=settings.min_score,
-            drop_truncated=settings.drop_truncated,
-            drop_all_correct=settings.drop_all_correct,
-            distinct=settings.distinct,
-            best_of=settings.best_of,
-            cap=settings.cap,
-            order=settings.order,
-            random_budget=settings.random_budget,
-        )
 
     def demonstrations(self, settings: DataSettings) -> list[Group]:
         """Recorded conversations as trajectories by prompt. What cannot be used is quarantined and counted.

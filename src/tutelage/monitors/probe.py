@@ -218,10 +218,12 @@ class Prober:
         step: gives the optimiser steps done so far.
         base_scorer: scores under the base model, for KL(policy || base).
         base_samples: the base model's own samples (the `samples` of a probe made before training), which the policy
-            scores for KL(base || policy). Keep them with the run: a resumed run cannot make them again.
+            scores for KL(base || policy); or a function of the context and the policy's newest samples that gives
+            them. Keep them with the run: a resumed run cannot make them again.
         policy_scorer: scores under the policy as it is now, for KL(base || policy) and held-out demonstrations.
         heldout: demonstrations that are never trained on.
-        extras: further fields of `Probe` that the run knows (`retention`, `at_temperature_cap`, `checkpoint`).
+        extras: further fields of `Probe` that the run knows (`retention`, `at_temperature_cap`, `checkpoint`), given
+            the context; `tokens` are added to those of the probe itself.
     """
 
     def __init__(
@@ -238,10 +240,10 @@ class Prober:
         author: str = "student",
         make_trajectory: MakeTrajectory | None = None,
         base_scorer: Scorer | None = None,
-        base_samples: Sequence[Trajectory] = (),
+        base_samples: Sequence[Trajectory] | Callable[[DrawContext, Sequence[Trajectory]], Sequence[Trajectory]] = (),
         policy_scorer: Scorer | None = None,
         heldout: Sequence[Trajectory] = (),
-        extras: Callable[[], Mapping[str, Any]] = dict,
+        extras: Callable[[DrawContext], Mapping[str, Any]] = lambda ctx: {},
     ) -> None:
         self._tasks, self._verifier, self._author, self._step = tasks, verifier, author, step
         self._how: dict[str, Any] = dict(
@@ -275,9 +277,11 @@ class Prober:
         probe, self.samples = run_probe(
             sampler, self._tasks, self._verifier, step=step, round=ctx.round, progress=ctx.progress, **self._how
         )
-        fields: dict[str, Any] = dict(self._extras())
-        if self._base_samples and self._policy_scorer is not None:
-            fields["kl_forward"] = sampled_kl(self._base_samples, self._policy_scorer)
+        fields: dict[str, Any] = dict(self._extras(ctx))
+        fields["tokens"] = probe.tokens + fields.get("tokens", 0)
+        base = self._base_samples(ctx, self.samples) if callable(self._base_samples) else self._base_samples
+        if base and self._policy_scorer is not None:
+            fields["kl_forward"] = sampled_kl(base, self._policy_scorer)
         if self._base_scorer is not None:
             fields["kl_reverse"] = sampled_kl(self.samples, self._base_scorer)
         if self._policy_scorer is not None and self._heldout:

@@ -9,6 +9,9 @@ import numpy as np
 from tutelage.errors import ConfigError
 from tutelage.types import Draw, DrawContext, Group, Source, Trajectory, seed_for
 
+Budget = Callable[[DrawContext, Group], int]
+"""How many of a group are kept in this round."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
@@ -30,7 +33,8 @@ class Keep:
     order: Literal["shortest", "sampled"] = "shortest"
     """Which come first where a rule must choose: the shortest, or as they were sampled."""
     random_budget: bool = False
-    """The control arm: keep as many as the rules would, chosen at random among all samples of the prompt."""
+    """The control arm: keep as many as the rules would (or a budget says), chosen at random among all samples of the
+    prompt."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -46,10 +50,13 @@ class Accepted:
     """What the inner source draws, with weight 0 and a mark on everything the rules leave out.
 
     Group statistics, control arms and later thresholds still see all of it.
+
+    Args:
+        budget: with `random_budget`, how many of a group are kept in this round, instead of as many as the rules would.
     """
 
-    def __init__(self, source: Source, keep: Keep | None = None) -> None:
-        self.source, self.keep = source, keep or Keep()
+    def __init__(self, source: Source, keep: Keep | None = None, *, budget: Budget | None = None) -> None:
+        self.source, self.keep, self.budget = source, keep or Keep(), budget
 
     def draw(self, ctx: DrawContext) -> Draw:
         draw = self.source.draw(ctx)
@@ -58,9 +65,9 @@ class Accepted:
         return replace(out, stats={**out.stats, **keep_stats(out)})
 
     def _mark(self, group: Group, ctx: DrawContext) -> list[Trajectory]:
-        marks = keep_marks(group, self.keep if ctx.round else replace(self.keep, drop_all_correct=False))
-        if self.keep.random_budget:
-            marks = _random_marks(group, marks, seed_for(ctx.seed, ctx.stage, ctx.round, group.task.hash, "budget"))
+        marks = marks_in(
+            group, self.keep if ctx.round else replace(self.keep, drop_all_correct=False), ctx, self.budget
+        )
         return [t if mark is None else t.marked(mark) for t, mark in zip(group.trajectories, marks, strict=True)]
 
     def state(self) -> Mapping[str, Any]:
@@ -68,6 +75,17 @@ class Accepted:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.source.restore(state)
+
+
+def marks_in(group: Group, keep: Keep, ctx: DrawContext, budget: Budget | None = None) -> list[str | None]:
+    """`keep_marks`, or with `random_budget` as many drawn by lot."""
+    marks = keep_marks(group, keep)
+    if not keep.random_budget:
+        return marks
+    count = sum(m is None for m in marks) if budget is None else budget(ctx, group)
+    seed = seed_for(ctx.seed, ctx.stage, ctx.round, group.task.hash, "budget")
+    chosen = set(np.random.default_rng(seed).permutation(len(marks))[:count].tolist())
+    return [None if i in chosen else (m or "random budget") for i, m in enumerate(marks)]
 
 
 def keep_marks(group: Group, keep: Keep) -> list[str | None]:
@@ -129,13 +147,6 @@ def _mark_rest(indices: list[int], marks: list[str | None], limit: int, mark: st
     for i in indices[limit:]:
         marks[i] = mark
     return indices[:limit]
-
-
-def _random_marks(group: Group, marks: Sequence[str | None], seed: int) -> list[str | None]:
-    """As many kept as in `marks`, but which ones is a draw of lots among all samples."""
-    count = sum(m is None for m in marks)
-    chosen = set(np.random.default_rng(seed).permutation(len(marks))[:count].tolist())
-    return [None if i in chosen else (m or "random budget") for i, m in enumerate(marks)]
 
 
 def keep_stats(draw: Draw) -> dict[str, float]:

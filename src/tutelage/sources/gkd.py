@@ -128,7 +128,7 @@ class StudentShare:
         if self._buffer is None:
             self._buffer = []
             tasks = {g.task.hash: g.task for g in self.groups}
-            if ctx.store is not None:
+            if ctx.kept is not None:
                 store = self._store(ctx)
                 for index in range(self.num_drawn):
                     for t in store.load(index) or []:
@@ -140,14 +140,14 @@ class StudentShare:
         if not isinstance(self.share, AdaptiveShare):
             return
         trajectories: list[Trajectory] = [t for g in fresh for t in g.trajectories]
-        if ctx.store is not None:
+        if ctx.kept is not None:
             self._store(ctx).commit(self.num_drawn, trajectories)
         assert self._buffer is not None
         self._buffer += [replace(g, trajectories=(t,)) for g in fresh for t in g.trajectories]
 
     def _store(self, ctx: DrawContext) -> RoundStore:
-        assert ctx.store is not None
-        return RoundStore(ctx.store.parent.parent / "replay" / f"stage{ctx.stage}-share")
+        assert ctx.kept is not None
+        return RoundStore(ctx.kept / "share")
 
     # -- state ---------------------------------------------------------------------------------
 

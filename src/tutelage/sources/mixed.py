@@ -37,7 +37,7 @@ class Mixed:
         stats: dict[str, float] = {}
         draws = []
         for name, source in self.sources.items():
-            draw = source.draw(replace(ctx, store=ctx.store / name if ctx.store else None))
+            draw = source.draw(ctx.inside(name))
             draws.append(draw)
             weight = self.weight.get(name, 1.0)
             factor = weight(ctx.round) if callable(weight) else weight

@@ -7,6 +7,8 @@ from typing import Any
 from tutelage.data.rounds import RoundStore
 from tutelage.types import Draw, DrawContext, Group, Source, Trajectory
 
+REPLAYED = "replayed"
+
 
 class Replay:
     """What the inner source draws, plus the kept trajectories of up to `rounds` earlier rounds of the stage.
@@ -30,10 +32,8 @@ class Replay:
         self._num_drawn += 1
         kept = [replace(g, trajectories=tuple(t for t in g.trajectories if t.weight != 0)) for g in draw.groups]
         now = [g for g in kept if g.trajectories]
-        if ctx.store:
-            RoundStore(ctx.store.parent.parent / "replay" / f"stage{ctx.stage}").commit(
-                self._num_drawn - 1, [t for g in now for t in g.trajectories]
-            )
+        if ctx.kept:
+            RoundStore(ctx.kept / "replay").commit(self._num_drawn - 1, [t for g in now for t in g.trajectories])
         old = self._history if self.rounds is None else self._history[-self.rounds :] if self.rounds else []
         self._history.append(now)
         seen = {(g.task.hash, t.completion.strip()) for g in now for t in g.trajectories}
@@ -43,7 +43,8 @@ class Replay:
             for t in g.trajectories:
                 key = (g.task.hash, t.completion.strip())
                 if not (self.is_distinct and key in seen):
-                    ts.append(replace(t, prompt_index=len(draw.groups) + len(replayed)))
+                    again = replace(t, prompt_index=len(draw.groups) + len(replayed))
+                    ts.append(again.marked(REPLAYED, weight=t.weight))
                     seen.add(key)
             if ts:
                 replayed.append(replace(g, trajectories=tuple(ts)))
@@ -56,9 +57,9 @@ class Replay:
 
     def _load_history(self, ctx: DrawContext) -> None:
         """After a resume, the rounds drawn before it come back from disk, with their tasks from the inner source."""
-        if len(self._history) >= self._num_drawn or ctx.store is None:
+        if len(self._history) >= self._num_drawn or ctx.kept is None:
             return
-        store = RoundStore(ctx.store.parent.parent / "replay" / f"stage{ctx.stage}")
+        store = RoundStore(ctx.kept / "replay")
         tasks = {task.hash: task for task in _tasks(self.source)}
         for index in range(len(self._history), self._num_drawn):
             groups: dict[int, list[Trajectory]] = {}

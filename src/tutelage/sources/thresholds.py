@@ -8,7 +8,7 @@ import numpy as np
 
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError, DataError
-from tutelage.sources.accepted import Keep, keep_marks, keep_stats
+from tutelage.sources.accepted import Budget, Keep, keep_stats, marks_in
 from tutelage.types import Draw, DrawContext, Group, Source, Status, Trajectory
 
 
@@ -23,13 +23,20 @@ class RisingThresholds:
         source: judged completions.
         thresholds: rising; scores, or with `are_quantiles` shares of the draw's scores (0.7: the best 30%).
         keep: further rules, applied after the threshold; its own `min_score` must be None.
+        budget: as for `Accepted`.
 
     Source:
         Gulcehre et al. 2023 (ReST), arXiv:2308.08998.
     """
 
     def __init__(
-        self, source: Source, thresholds: Sequence[float], *, keep: Keep | None = None, are_quantiles: bool = False
+        self,
+        source: Source,
+        thresholds: Sequence[float],
+        *,
+        keep: Keep | None = None,
+        are_quantiles: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         problems = []
         if not thresholds or list(thresholds) != sorted(thresholds):
@@ -41,7 +48,7 @@ class RisingThresholds:
         if problems:
             raise ConfigError(problems)
         self.source, self.thresholds, self.are_quantiles = source, tuple(thresholds), are_quantiles
-        self.keep = keep or Keep()
+        self.keep, self.budget = keep or Keep(), budget
         self._grown: Draw | None = None
         self._round: int | None = None
         """The round that drew it."""
@@ -58,7 +65,7 @@ class RisingThresholds:
         marked = [
             t if mark is None else t.marked(mark)
             for g in grown.groups
-            for t, mark in zip(g.trajectories, keep_marks(g, keep), strict=True)
+            for t, mark in zip(g.trajectories, marks_in(g, keep, ctx, self.budget), strict=True)
         ]
         out = grown.with_trajectories(marked)
         stats = {**out.stats, **keep_stats(out), "data/threshold": threshold, "data/improve": float(improve)}
@@ -68,17 +75,17 @@ class RisingThresholds:
 
     def _grow(self, ctx: DrawContext) -> None:
         self._grown, self._round = self.source.draw(ctx), ctx.round
-        if ctx.store and (ctx.processes is None or ctx.processes.is_first):
+        if ctx.kept and (ctx.processes is None or ctx.processes.is_first):
             self._store(ctx).commit(ctx.round, list(self._grown))
 
     def _store(self, ctx: DrawContext) -> RoundStore:
-        assert ctx.store is not None
-        return RoundStore(ctx.store.parent.parent / "grown" / f"stage{ctx.stage}")
+        assert ctx.kept is not None
+        return RoundStore(ctx.kept / "grown")
 
     def _again(self, ctx: DrawContext) -> Draw:
         """The newest Grow's draw, from disk after a resume."""
         if self._grown is None:
-            if self._round is None or ctx.store is None:
+            if self._round is None or ctx.kept is None:
                 raise DataError(f"round {ctx.round} improves on a draw, but none was grown in this stage")
             tasks = {task.hash: task for task in tasks_of(self.source)}
             groups: dict[int, list[Trajectory]] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from tutelage.train.session import Session
 from tutelage.train.trainer import TrainerSettings
-from tutelage.types import Monitor, Signal, Source
+from tutelage.types import Monitor, MonitorReport, Signal, Source
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
 
     A round is: draw (from `draw_from`), set weights and optimiser (to `start_from`), train on the draw, ask the
     monitors. SFT is one round of many epochs, on-policy distillation many rounds of one step, rejection sampling a few
-    rounds of an epoch or two.
+    rounds of an epoch or two. A monitor that probes by updates may end a stage within a round.
 
     Raises:
         Interrupted: a stop was asked for; the state was saved and the run can be resumed.
@@ -49,10 +49,16 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
             if cursor.step == 0:
                 session.start_from(stage)
             targets = session.prepare(stage, draw)
+            ending: Sequence[tuple[Monitor, MonitorReport]] = ()
             for record in session.trainer.steps(
                 targets, stage.signal, stage.trainer, session.place(stage), done=cursor.step
             ):
-                session.after_step(stage, record)
+                ending = session.after_step(stage, record)
+                if ending:
+                    break
+            if ending:
+                session.end_within_round(draw, ending)
+                break
             if session.after_round(stage, draw, session.watch(stage, draw)):
                 break
         session.leave(stage, is_last=cursor.stage + 1 == len(plan))

@@ -129,6 +129,7 @@ class Session:
             sampler=lambda name: self.sampler(stage, name),
             text=self.text,
             store=self.run.work(self.cursor.stage, self.cursor.round),
+            kept=self.run.root / "kept" / f"stage{self.cursor.stage}",
             progress=self.progress,
             processes=self.trainer.processes,
             scores=self.scores,
@@ -210,7 +211,8 @@ class Session:
         return report
 
     def _log_verdict(self, monitor: Monitor, report: MonitorReport) -> None:
-        fields = {"round": self.cursor.round, "monitor": type(monitor).__name__, "verdict": report.verdict}
+        place = {"stage": self.cursor.stage, "round": self.cursor.round}
+        fields = {**place, "monitor": type(monitor).__name__, "verdict": report.verdict}
         self.run.log_event("verdict", {**fields, "stop": report.should_stop, **report.evidence})
 
     def draw(self, stage: "Stage") -> Draw:
@@ -330,8 +332,12 @@ class Session:
 
         return score
 
-    def after_step(self, stage: "Stage", record: StepRecord) -> None:
-        """Log the update, save if it is time, and stop if asked to."""
+    def after_step(self, stage: "Stage", record: StepRecord) -> list[tuple[Monitor, MonitorReport]]:
+        """Log the update, probe where one is due, save if it is time, and stop if asked to.
+
+        Returns:
+            The opinions that end the stage here, in the middle of its round. Nothing is saved then: `leave` does.
+        """
         self.cursor.step = record.step + 1
         self.cursor.total_steps += 1
         self.num_tokens["trained"] += int(record.metrics.get("data/num_tokens", 0))
@@ -344,7 +350,10 @@ class Session:
         for monitor in stage.monitors:
             is_due, probe = getattr(monitor, "due", None), getattr(monitor, "probe_now", None)
             if is_due and probe and is_due(self.cursor.total_steps):
-                self._log_verdict(monitor, self._watched(probe, stage))
+                report = self._watched(probe, stage)
+                self._log_verdict(monitor, report)
+                if report.should_stop:
+                    return [(monitor, report)]
         stopping = self.trainer.processes.any(self.stop.is_set)
         if stopping or self._is_time_to_save():
             self.save(stage)
@@ -352,12 +361,24 @@ class Session:
             raise Interrupted(
                 f"stopped by {self.stop.reason or 'another process'} after step {self.cursor.total_steps}: state saved"
             )
+        return []
 
-    def after_round(self, stage: "Stage", draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]) -> bool:
-        """Keep the draw, act on the monitors, move the cursor. True ends the stage."""
+    def end_within_round(self, draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]) -> None:
+        """The stage ends at a probe between two updates: keep the draw and hand over."""
+        self._keep_draw(draw)
+        self.run.log_event("round_cut", {"round": self.cursor.round, "steps_done": self.cursor.step})
+        self.cursor.round, self.cursor.step = self.cursor.round + 1, 0
+        self._verdict = reports[0][1].verdict
+        self._hand_over(reports)
+
+    def _keep_draw(self, draw: Draw) -> None:
         self.progress.inner.finish()
         if self.run.is_writer:
             RoundStore.publish(self.run.trajectories, f"stage{self.cursor.stage}-round{self.cursor.round:05d}", draw)
+
+    def after_round(self, stage: "Stage", draw: Draw, reports: Sequence[tuple[Monitor, MonitorReport]]) -> bool:
+        """Keep the draw, act on the monitors, move the cursor. True ends the stage."""
+        self._keep_draw(draw)
         for monitor, report in reports:
             self._log_verdict(monitor, report)
         if any(r.should_revert for _, r in reports):
@@ -412,7 +433,8 @@ class Session:
         if self.run.is_writer and not is_last:
             self.weights.save(self.run.root / "stages" / stage.name)
         self.ended_by, self._verdict = self._verdict or "ROUNDS", None
-        self.run.log_event("stage_end", {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round})
+        fields = {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round}
+        self.run.log_event("stage_end", {**fields, "ended_by": self.ended_by, "step": self.cursor.total_steps})
         self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
         self._round_start = {}
         self.save(None)

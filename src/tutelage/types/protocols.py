@@ -4,7 +4,7 @@ Torch tensors appear here only as `Any`: this layer imports no torch, so verifie
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,6 +66,8 @@ class DrawContext:
     """`text.ChatText` of the student: renders tasks to prompts and messages to spans."""
     store: Path | None = None
     """Folder for the round's chunks, each committed whole (`data.RoundStore`); None keeps nothing."""
+    kept: Path | None = None
+    """Folder for what a source keeps over the rounds of a stage (a replay buffer); None keeps it in memory only."""
     progress: Progress | None = None
     processes: Any = None
     """`train.Processes`: chunks are shared out by index; None means one process."""
@@ -73,6 +75,11 @@ class DrawContext:
     """The newest validation scores, for sources whose rate depends on them."""
     record: Callable[[str, Mapping[str, Any]], None] = lambda event, fields: None
     """Writes one line of `events.jsonl`."""
+
+    def inside(self, name: str) -> "DrawContext":
+        """The context of one of several sources: its files lie in folders of that name."""
+        folders = {n: folder / name for n in ("store", "kept") if (folder := getattr(self, n)) is not None}
+        return replace(self, **folders)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,78 @@
+"""Keep rules from settings, and the control arm's budget: how many of each prompt another run kept."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.data.store import TrajectoryStore
+from tutelage.errors import ConfigError
+from tutelage.methods.settings import KeepSettings
+from tutelage.methods.stored import is_store
+from tutelage.sources import Accepted, Keep
+from tutelage.sources.replay import REPLAYED
+from tutelage.types import DrawContext, Group, Source
+
+if TYPE_CHECKING:
+    from tutelage.methods.workbench import Workbench
+
+
+def keep_of(settings: KeepSettings) -> Keep:
+    """The rules that the settings name."""
+    fields = settings.model_dump()
+    return Keep(**{**fields, "random_budget": bool(fields["random_budget"])})
+
+
+def accepted_of(source: Source, settings: KeepSettings, bench: "Workbench", *, keep: Keep | None = None) -> Accepted:
+    """The source with its keep rules; `keep` where a method changed them."""
+    return Accepted(source, keep or keep_of(settings), budget=budget_of(settings, bench))
+
+
+def budget_of(settings: KeepSettings, bench: "Workbench") -> Callable[[DrawContext, Group], int] | None:
+    """What `keep.random_budget` counts, where it names a run.
+
+    Raises:
+        ConfigError: the folder holds no run that kept anything.
+    """
+    if isinstance(settings.random_budget, bool):
+        return None
+    folder = bench.path(settings.random_budget) / "trajectories"
+    if not is_store(folder):
+        raise ConfigError(f"keep.random_budget={settings.random_budget!r}: {folder} holds no trajectories of a run")
+    counts: dict[tuple[int, int, str, str], int] = {}
+
+    def budget(ctx: DrawContext, group: Group) -> int:
+        if not counts:
+            counts.update(kept_counts(folder))
+        return counts.get((ctx.stage, ctx.round, group.task.hash, _author(group)), 0)
+
+    return budget
+
+
+def kept_counts(folder: Path) -> Counter[tuple[int, int, str, str]]:
+    """(stage, round, prompt, author) -> judged samples that a run kept, from its trajectories. What was replayed from
+    earlier rounds, and what nobody judged (gold solutions), is not counted.
+
+    Memory: one entry a prompt of each round.
+    """
+    store = TrajectoryStore(folder)
+    places = [_place(shard.name) for shard in store.shards for _ in range(shard.rows)]
+    found: Counter[tuple[int, int, str, str]] = Counter()
+    row = 0
+    for batch in store.scan(["task_hash", "author", "weight", "verdict_status", "marks"]):
+        columns = (batch.column(i).to_pylist() for i in range(5))
+        for task, author, weight, status, marks in zip(*columns, strict=True):
+            if weight and status is not None and REPLAYED not in marks:
+                found[(*places[row], task, author or "")] += 1
+            row += 1
+    return found
+
+
+def _author(group: Group) -> str:
+    return next((s.author for t in group.trajectories for s in t.spans if s.is_sampled), "")
+
+
+def _place(shard: str) -> tuple[int, int]:
+    """ "stage0-round00002.parquet" -> (0, 2)"""
+    stage, _, rest = shard.removeprefix("stage").partition("-round")
+    return int(stage), int(rest.removesuffix(".parquet"))
