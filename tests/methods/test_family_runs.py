@@ -275,9 +275,9 @@ def test_drift_retention_and_heldout_demonstrations_reach_the_monitor(tmp_path: 
     assert verdicts[-1]["criteria"]["G9"]["verdict"] != "INSUFFICIENT"
     assert verdicts[-1]["criteria"]["G8"]["details"]["by"] == "lowest held-out NLL"
     samples = RoundStore(run / "probes" / "reference-rejection_sampling").load(0)
-    assert samples is not None and len(samples) == 2 * 9
+    assert samples is not None and len(samples) == 2 * 12
     cost = verdicts[-1]["cost"]
-    assert cost["all_tokens"] >= cost["probe_tokens"] > 9 * 8  # retention's samples are counted too
+    assert cost["all_tokens"] >= cost["probe_tokens"] > 12 * 8  # retention's samples are counted too
     stop = StopRequest()
     with pytest.raises(Interrupted):
         job({**settings, "run_dir": str(tmp_path / "cut")}, stop=stop, progress=StopAfter(stop, 45))()
