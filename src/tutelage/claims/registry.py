@@ -8,8 +8,8 @@ from tutelage.errors import ConfigError
 CLAIMS: tuple[str, ...] = (
     # "one_objective",  # 1
     "compounding",  # 2
-    # "overwriting",  # 3
-    # "small_models",  # 4
+    "overwriting",  # 3
+    "small_models",  # 4
     # "off_policy_distillation",  # 5
     # "on_policy_distillation",  # 6
     # "distillation_compute",  # 7
