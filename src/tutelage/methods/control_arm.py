@@ -69,6 +69,8 @@ def _arm(config: RunConfig, root: Path) -> RunConfig:
             changes |= {"gate": False, "until": "rounds", "rounds": rounds.get(i, stage.rounds)}
         if hasattr(stage, "then"):
             changes["then"] = None
+        if hasattr(stage, "is_streamed"):
+            changes["is_streamed"] = False  # lots are drawn within whole groups
         stages.append(stage.model_copy(update=changes))
     assert config.evaluation is not None
     evaluation = config.evaluation.model_copy(update={"controls": False})

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
-from tutelage.methods.keeping import accepted_of
+from tutelage.methods.keeping import accepted_of, selection_of, unstreamable
 from tutelage.methods.settings import DataSettings, KeepSettings, Positive, RolloutSettings, TrainSettings
-from tutelage.sources import Judged, Mixed, Recorded
+from tutelage.sources import Judged, Mixed, Recorded, Streamed
 from tutelage.train.loop import Stage
 from tutelage.types import Source
 
@@ -46,12 +46,24 @@ class DataStage(Imitation):
     """What is trained: base (the papers'), previous, or stage:NAME."""
     data: DataSettings | None = None
     """Other data in the mix (R1: 200k of 800k); null mixes nothing in."""
+    is_streamed: bool = True
+    """Sample, judge, choose and train through the disk, holding one chunk; false holds the whole draw."""
+    is_unique: bool = False
+    """Keep one of equal texts, whatever their prompt (streamed only)."""
+
+    @model_validator(mode="after")
+    def _streamable(self) -> "DataStage":
+        problems = unstreamable(self) if self.is_streamed else []
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}: set is_streamed=false")
+        return self
 
 
 def build(settings: DataStage, bench: "Workbench") -> Stage:
     """One pass of sampling and filtering, with the other data beside it."""
-    judged = Judged(drawn_of(settings, bench), bench.verifier(settings.verifier))
-    source: Source = accepted_of(judged, settings.keep, bench)
-    if settings.data is not None:
-        source = Mixed({"sampled": source, "data": Recorded(bench.demonstrations(settings.data))})
-    return stage_of(settings, bench, source)
+    drawn, verifier = drawn_of(settings, bench), bench.verifier(settings.verifier)
+    other = bench.demonstrations(settings.data) if settings.data is not None else []
+    if settings.is_streamed:
+        return stage_of(settings, bench, Streamed(drawn, verifier, selection_of(settings), other=other))
+    source: Source = accepted_of(Judged(drawn, verifier), settings.keep, bench)
+    return stage_of(settings, bench, Mixed({"sampled": source, "data": Recorded(other)}) if other else source)

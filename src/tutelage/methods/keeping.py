@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tutelage.data.select import SelectionRules
 from tutelage.data.store import TrajectoryStore
 from tutelage.errors import ConfigError
 from tutelage.methods.settings import KeepSettings
@@ -21,6 +22,34 @@ def keep_of(settings: KeepSettings) -> Keep:
     """The rules that the settings name."""
     fields = settings.model_dump()
     return Keep(**{**fields, "random_budget": bool(fields["random_budget"])})
+
+
+def unstreamable(settings: Any) -> list[str]:
+    """What of a stage's settings only a draw in memory can do."""
+    keep, out = settings.keep, []
+    if keep.best_of is not None:
+        out.append(f"keep.best_of={keep.best_of} compares scores within a prompt")
+    if keep.drop_all_correct:
+        out.append("keep.drop_all_correct looks at whole groups")
+    if keep.random_budget:
+        out.append("keep.random_budget draws lots within a prompt")
+    if settings.train.divisor == "sampled":
+        out.append("train.divisor=sampled counts what was rejected too")
+    return out
+
+
+def selection_of(settings: Any) -> SelectionRules:
+    """The keep rules of a streamed stage."""
+    keep: KeepSettings = settings.keep
+    return SelectionRules(
+        is_accepted=keep.min_score is None,
+        min_score=keep.min_score,
+        is_whole=keep.drop_truncated,
+        is_unique=settings.is_unique,
+        distinct=keep.distinct,
+        max_per_prompt=keep.cap,
+        order="shortest" if keep.order == "shortest" else "first",
+    )
 
 
 def accepted_of(source: Source, settings: KeepSettings, bench: "Workbench", *, keep: Keep | None = None) -> Accepted:

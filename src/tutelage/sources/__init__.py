@@ -9,6 +9,7 @@ from tutelage.sources.paths import Paths
 from tutelage.sources.recorded import Recorded
 from tutelage.sources.refill import Refilled
 from tutelage.sources.replay import Replay
+from tutelage.sources.streamed import Streamed
 from tutelage.sources.thresholds import RisingThresholds
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "Refilled",
     "Replay",
     "RisingThresholds",
+    "Streamed",
 ]

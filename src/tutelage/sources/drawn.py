@@ -66,20 +66,15 @@ class Drawn:
     def draw(self, ctx: DrawContext) -> Draw:
         if ctx.sampler is None or ctx.text is None:
             raise ConfigError("Drawn needs a sampler and a tokenizer in its context: it cannot be used without a model")
-        chosen = [self.tasks[self._task_index(ctx, self.position + i)] for i in range(self.per_round)]
-        base = self.position
-        self.position += self.per_round
-        chunks = [range(s, min(s + self.chunk_prompts, len(chosen))) for s in range(0, len(chosen), self.chunk_prompts)]
+        chosen, base, chunks = self.next_prompts(ctx)
         store = RoundStore(ctx.store / "drawn") if ctx.store else None
         started = time.perf_counter()
         done: dict[int, list[Trajectory]] = {}
-        sampler: Sampler | None = None
         share = range(len(chunks)) if ctx.processes is None else ctx.processes.share(range(len(chunks)))
         for index in share:
             kept = store.load(index) if store else None
             if kept is None:
-                sampler = sampler or ctx.sampler(self.author)
-                kept = self._sample(ctx, sampler, chosen, chunks[index], base)
+                kept = self.sample_chunk(ctx, chosen, chunks[index], base)
                 if store:
                     store.commit(index, kept)
             done[index] = kept
@@ -97,16 +92,29 @@ class Drawn:
             stats=_stats(groups, time.perf_counter() - started),
         )
 
-    def _task_index(self, ctx: DrawContext, position: int) -> int:
+    def next_prompts(self, ctx: DrawContext) -> tuple[list[Task], int, list[range]]:
+        """The round's prompts, how many came before them in the stage, and the chunks they are sampled in. Moves the
+        cursor."""
+        base = self.position
+        orders: dict[int, np.ndarray] = {}
+        chosen = [self.tasks[self._task_index(ctx, base + i, orders)] for i in range(self.per_round)]
+        self.position += self.per_round
+        count = len(chosen)
+        return chosen, base, [range(s, min(s + self.chunk_prompts, count)) for s in range(0, count, self.chunk_prompts)]
+
+    def _task_index(self, ctx: DrawContext, position: int, orders: dict[int, np.ndarray]) -> int:
         passes, place = divmod(position, len(self.tasks))
         if not self.is_shuffled:
             return place
-        rng = np.random.default_rng(seed_for(ctx.seed, ctx.stage, passes, "prompts"))
-        return int(rng.permutation(len(self.tasks))[place])
+        if passes not in orders:
+            rng = np.random.default_rng(seed_for(ctx.seed, ctx.stage, passes, "prompts"))
+            orders[passes] = rng.permutation(len(self.tasks))
+        return int(orders[passes][place])
 
-    def _sample(
-        self, ctx: DrawContext, sampler: Sampler, tasks: Sequence[Task], chunk: range, base: int
-    ) -> list[Trajectory]:
+    def sample_chunk(self, ctx: DrawContext, tasks: Sequence[Task], chunk: range, base: int) -> list[Trajectory]:
+        """The completions of the prompts of one chunk, in order."""
+        assert ctx.sampler is not None  # `draw` has looked
+        sampler = ctx.sampler(self.author)
         prompts = {i: ctx.text.render_prompt(tasks[i]) for i in chunk}
         requests = [
             SampleRequest(

@@ -28,7 +28,7 @@ class Judged:
         for index in share:
             kept = store.load(index) if store else None
             if kept is None:
-                kept = self._judge(chunks[index])
+                kept = self.judge(chunks[index])
                 if store:
                     store.commit(index, kept)
             if ctx.progress:
@@ -41,7 +41,8 @@ class Judged:
         judged = [t for index in range(len(chunks)) for t in done[index]]
         return draw.with_trajectories(judged, **verdict_stats(judged))
 
-    def _judge(self, groups: tuple[Group, ...]) -> list[Trajectory]:
+    def judge(self, groups: tuple[Group, ...]) -> list[Trajectory]:
+        """All trajectories of the groups, in order, each with its verdict."""
         pairs = [(g.task, g.trajectories) for g in groups]
         many = getattr(self.verifier, "judge_many", None)
         verdicts = many(pairs) if many else [self.verifier.judge(task, ts) for task, ts in pairs]

@@ -31,6 +31,7 @@ from tutelage.types import (
     Progress,
     Sampler,
     StepRecord,
+    TargetRow,
     Targets,
     Trajectory,
     content_hash,
@@ -105,7 +106,7 @@ class Session:
         self.progress = StoppableProgress(progress or Quiet(), self.stop)
         self.max_logprob_gap = max_logprob_gap
         self.ledger = ledger
-        self._updates: list[list[Trajectory]] = []
+        self._updates: tuple[Sequence[TargetRow], Sequence[Sequence[int]]] = ((), ())
         self.cursor = Cursor()
         self.scores: dict[str, float] = {}
         self.num_tokens = {"sampled": 0, "trained": 0}
@@ -279,7 +280,7 @@ class Session:
             self._empty_rounds = 0
             batches = self.trainer.batches(targets.rows, stage.trainer, self.place(stage))
             total = len(batches)
-            self._updates = [[targets.rows[i].trajectory for i in b if targets.rows[i].is_trained] for b in batches]
+            self._updates = targets.rows, batches
             if self.ledger is not None and self.cursor.step > 0:
                 self.ledger.forget_teacher()
             self.progress.inner.start(f"training, round {self.cursor.round + 1} of {stage.rounds}", total, "updates")
@@ -342,7 +343,8 @@ class Session:
         self.cursor.total_steps += 1
         self.num_tokens["trained"] += int(record.metrics.get("data/num_tokens", 0))
         if self.ledger is not None:
-            self.ledger.updated(self._updates[record.step])
+            rows, batches = self._updates
+            self.ledger.updated([r.trajectory for i in batches[record.step] if (r := rows[i]).is_trained])
         self.times_s["train"] += record.metrics.get("time/step_s", 0.0)
         place = {"stage": record.stage, "round": self.cursor.round, "step": self.cursor.total_steps}
         self.run.log_metrics({**place, **record.metrics})

@@ -93,6 +93,9 @@ class Trainer:
             rng = np.random.default_rng(seed_for(place.seed, place.stage, place.round, epoch, "order"))
             order = rng.permutation(len(rows)) if len(rows) > size else np.arange(len(rows))
             out += [order[start : start + size].tolist() for start in range(0, len(rows), size)]
+        is_trained = getattr(rows, "is_trained", None)  # known without making the rows where they lie on disk
+        if is_trained is not None:
+            return [b for b in out if is_trained[b].any()]
         return [b for b in out if any(rows[i].is_trained for i in b)]
 
     def step(
