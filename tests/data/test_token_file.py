@@ -1,7 +1,7 @@
 """Trajectories on disk by number: what comes back, in any order, and what is refused."""
 
 import json
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.token_file import DONE, NAMES, TokenFile, _runs, write_token_file
+from tutelage.data.store import TrajectoryStore, TrajectoryWriter
+from tutelage.data.token_file import DONE, NAMES, TokenFile, _runs, rows_of_store, rows_of_trajectories
+from tutelage.data.token_file import write_token_file as write_rows
 from tutelage.errors import DataError
 from tutelage.types import Span, Trajectory
+
+
+def write_token_file(folder: Path, ts: Iterable[Trajectory]) -> TokenFile:
+    return write_rows(folder, rows_of_trajectories(ts))
 
 
 def made(name: str, lengths: list[tuple[int, bool]], weight: float = 1.0) -> Trajectory:
@@ -69,7 +75,22 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 
 
 def test_places_beyond_two_gibitokens_are_kept() -> None:
-    starts = np.array([5, 2**31 + 3, 2**40 + 1], dtype=np.int64)
-    packed = _runs(starts, [(int(s), 2, 1) for s in starts]).astype(np.int64)
-    assert (packed[:, 0] + (packed[:, 1] << 31)).tolist() == starts.tolist()
-    assert replace(made("a", [(1, True)]), weight=2.0).weight == 2.0
+    flags = np.array([0, 0, 1, 1, 1, 0], dtype=bool)
+    for base in (5, 2**31 + 3, 2**40 + 1):
+        runs = _runs(base, np.array([0, 2, 5]), flags).astype(np.int64)
+        assert (runs[:, 0] + (runs[:, 1] << 31)).tolist() == [base, base + 2, base + 5]
+        assert runs[:, 2:].tolist() == [[2, 0], [3, 1], [1, 0]]
+
+
+def test_a_store_is_read_by_columns_to_the_same_rows(tmp_path: Path) -> None:
+    ts = [made(f"t{i}", [(i % 3, False), (1 + i % 4, i % 5 > 0), (2, False), (1, True)], 1 + i / 7) for i in range(40)]
+    ts.append(made("none", [(3, False)]))
+    with TrajectoryWriter(tmp_path / "store", rows_per_shard=7) as writer:
+        writer.write_all(ts)
+    is_kept = np.array([i % 3 != 1 for i in range(len(ts))])
+    is_kept[-1] = True
+    file = write_rows(tmp_path / "a", rows_of_store(TrajectoryStore(tmp_path / "store"), is_kept))
+    other = write_token_file(tmp_path / "b", [t for t, keep in zip(ts, is_kept, strict=True) if keep and t.num_targets])
+    assert len(file) == len(other) == is_kept.sum() - 1
+    for a, b in zip(file, other, strict=True):
+        assert (a.token_ids, a.is_target, a.weight) == (b.token_ids, b.is_target, b.weight)

@@ -109,7 +109,7 @@ class Counting:
                 Completion(
                     token_ids=(4, 5 + (r.seed + j) % 50),
                     logprobs=(-1.0, -1.0),
-                entropies=(0.5, 0.5),
+                    entropies=(0.5, 0.5),
                     text=str((r.seed + j) % 50),
                     finish="stop",
                 )

@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 
 from tutelage.data.files import atomic_file, check_exists
+from tutelage.data.store import TrajectoryStore
 from tutelage.errors import DataError
 from tutelage.types import Span, Trajectory
 
@@ -20,21 +21,53 @@ NAMES = ("tokens.i32", "runs.i32", "rows.i64")
 DONE = "done.json"
 
 
-def write_token_file(folder: Path, trajectories: Iterable[Trajectory]) -> "TokenFile":
-    """Write a stream of trajectories; one of them is in memory at a time. Nothing is written where it was done before.
+Row = tuple[np.ndarray, np.ndarray, int, float]
+"""Token ids, whether each may be trained, number of targets, weight."""
+
+
+def write_token_file(folder: Path, rows: Iterable[Row]) -> "TokenFile":
+    """Write a stream of rows (`rows_of_store`, `rows_of_trajectories`); nothing is written where it was done before.
 
     Raises:
         DiskError: the disk; there is then no token file.
     """
     if not (folder / DONE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        count = _write(folder, trajectories)
+        count = _write(folder, rows)
         with atomic_file(folder / DONE, kept="") as file:
             file.write(json.dumps({"rows": count}).encode())
     return TokenFile(folder)
 
 
-def _write(folder: Path, trajectories: Iterable[Trajectory]) -> int:
+def rows_of_trajectories(trajectories: Iterable[Trajectory]) -> Iterator[Row]:
+    for t in trajectories:
+        flags = [s.is_trainable for s in t.spans for _ in s.token_ids]
+        yield np.array(t.token_ids, dtype=np.int32), np.array(flags, dtype=bool), t.num_targets, t.weight
+
+
+def rows_of_store(store: TrajectoryStore, is_kept: np.ndarray) -> Iterator[Row]:
+    """Of the kept rows of a store that have targets, read from four columns without making trajectories."""
+    first = 0
+    for batch in store.scan(["token_ids", "is_trainable", "num_targets", "weight"], batch_rows=512):
+        ids, flags = (_flat(batch.column(i)) for i in (0, 1))
+        counts, weights = (batch.column(i).to_pylist() for i in (2, 3))
+        for i in np.flatnonzero(is_kept[first : first + batch.num_rows]).tolist():
+            if counts[i]:
+                yield _part(ids, i).astype(np.int32), _part(flags, i).astype(bool), counts[i], weights[i]
+        first += batch.num_rows
+
+
+def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of a list column."""
+    return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
+
+
+def _part(flat: tuple[np.ndarray, np.ndarray], index: int) -> np.ndarray:
+    values, offsets = flat
+    return values[offsets[index] : offsets[index + 1]]
+
+
+def _write(folder: Path, parts: Iterable[Row]) -> int:
     num_tokens = num_runs = count = 0
     kept = "Nothing else was touched."
     with (
@@ -42,26 +75,22 @@ def _write(folder: Path, trajectories: Iterable[Trajectory]) -> int:
         atomic_file(folder / NAMES[1], kept=kept) as runs,
         atomic_file(folder / NAMES[2], kept=kept) as rows,
     ):
-        for t in trajectories:
-            found = []
-            for span in t.spans:
-                if span.token_ids:
-                    found.append((num_tokens, len(span.token_ids), int(span.is_trainable)))
-                    tokens.write(np.asarray(span.token_ids, dtype=np.int32).tobytes())
-                    num_tokens += len(span.token_ids)
-            start = np.array([s for s, _, _ in found], dtype=np.int64)
-            runs.write(_runs(start, found).tobytes())
-            bits = int(np.float64(t.weight).view(np.int64))
-            rows.write(np.array([num_runs, len(found), t.num_targets, bits], dtype=np.int64).tobytes())
-            num_runs, count = num_runs + len(found), count + 1
+        for ids, flags, num_targets, weight in parts:
+            starts = np.flatnonzero(np.concatenate([[True], flags[1:] != flags[:-1]])) if len(ids) else np.zeros(0, int)
+            tokens.write(ids.astype(np.int32, copy=False).tobytes())
+            runs.write(_runs(num_tokens, starts, flags).tobytes())
+            bits = int(np.float64(weight).view(np.int64))
+            rows.write(np.array([num_runs, len(starts), num_targets, bits], dtype=np.int64).tobytes())
+            num_tokens, num_runs, count = num_tokens + len(ids), num_runs + len(starts), count + 1
     return count
 
 
-def _runs(start: np.ndarray, found: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """(runs, 4) low and high half of the start, length, flag: starts may pass 2^31."""
-    out = np.empty((len(found), 4), dtype=np.int32)
-    out[:, 0], out[:, 1] = (start & 0x7FFFFFFF), (start >> 31)
-    out[:, 2], out[:, 3] = [n for _, n, _ in found], [flag for _, _, flag in found]
+def _runs(base: int, starts: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """(runs, 4) low and high part of the place in the file, length, flag: places may pass 2^31."""
+    out = np.empty((len(starts), 4), dtype=np.int32)
+    places = starts.astype(np.int64) + base
+    out[:, 0], out[:, 1] = places & 0x7FFFFFFF, places >> 31
+    out[:, 2], out[:, 3] = np.diff(np.append(starts, len(flags))), flags[starts]
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tutelage.data.rounds import RoundStore
 from tutelage.data.select import Selection, SelectionRules, select
 from tutelage.data.store import TrajectoryStore
-from tutelage.data.token_file import TokenFile, write_token_file
+from tutelage.data.token_file import TokenFile, rows_of_store, rows_of_trajectories, write_token_file
 from tutelage.sources.drawn import Drawn
 from tutelage.sources.judged import Judged
 from tutelage.types import Draw, DrawContext, Group, Task, Trajectory, Verifier
@@ -108,7 +108,8 @@ class Streamed:
         folder = ctx.store / "tokens"
         if ctx.processes is None or ctx.processes.is_first:
             others = (t for g in self.other for t in g.trajectories if t.weight != 0 and t.num_targets)
-            write_token_file(folder, chain((t for t in selection.of(store) if t.num_targets), others))
+            rows = chain(rows_of_store(store, selection.is_kept), rows_of_trajectories(others))
+            write_token_file(folder, rows)
         if ctx.processes is not None:
             ctx.processes.wait()
         groups = StoredGroups(store, selection, chosen, self.other)
