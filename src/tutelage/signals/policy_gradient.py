@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tutelage.errors import ConfigError, DataError
@@ -15,6 +16,7 @@ from tutelage.numerics.advantages import group_advantages
 from tutelage.numerics.logprobs import target_logprobs
 from tutelage.numerics.policy_gradient import clipped_ratio_loss, reinforce_loss, sampled_reverse_kl, sampler_weight
 from tutelage.signals.base import Stateless
+from tutelage.signals.ratio_stats import RatioStats, ratio_metrics
 from tutelage.signals.routing import Router
 from tutelage.signals.sampled import behaviour_scores, gap_stats, student_scores, teacher_scores
 from tutelage.signals.shapes import shape_columns, shaped
@@ -91,6 +93,7 @@ class PolicyGradient(Stateless):
         if problems:
             raise ConfigError(problems)
         self.router = Router(base) if kl_coef else None
+        self.ratios = RatioStats()
         self.divisor = "sampled" if normalise == "tokens" else "sequences"
 
     def _problems(self, base: Any) -> list[str]:
@@ -204,9 +207,27 @@ class PolicyGradient(Stateless):
         if self.kl_coef:
             kl_C = sampled_reverse_kl(student_C, targets_C["base_logprobs_C"], behaviour_logprobs_N=old_C)
             loss_C = loss_C + self.kl_coef * kl_C
-        if self.sampler_cap is None:
-            return loss_C
-        return loss_C * sampler_weight(old_C, targets_C["behaviour_logprobs_C"], cap=self.sampler_cap)
+        weight_C = None
+        if self.sampler_cap is not None:
+            weight_C = sampler_weight(old_C, targets_C["behaviour_logprobs_C"], cap=self.sampler_cap)
+        self.ratios.add(
+            student_C,
+            old_C,
+            advantage_C,
+            targets_C["weight_C"] != 0 if "weight_C" in targets_C else torch.ones_like(student_C, dtype=torch.bool),
+            clip=self.clip,
+            sampler_weight_C=weight_C,
+            cap=self.sampler_cap,
+        )
+        return loss_C if weight_C is None else loss_C * weight_C
+
+    def take_sums(self) -> dict[str, float]:
+        """What the losses since the last call add up to, to be summed over processes and given to `metrics`."""
+        return self.ratios.take_sums()
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Ratios, clipping and the sampler's correction (`ratio_stats.ratio_metrics`)."""
+        return ratio_metrics(sums, is_clipped=self.clip is not None)
 
 
 def reward_of(t: Trajectory, kind: Reward) -> float:
