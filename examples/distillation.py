@@ -1,13 +1,13 @@
-"""Supervised against on-policy distillation at equal optimiser steps, on a real task, in minutes on a CPU.
+"""Supervised against on-policy distillation at equal optimiser steps, on a real task, on a CPU.
 
-    python examples/distillation.py [--out runs/distillation] [--layers 24 18] [--steps 30]
+    python examples/distillation.py [--out runs/distillation] [--layers 24 20] [--steps 30]
 
 The task: sums of three one-digit terms (reasoning-gym's chain_sum), worked step by step. Teacher: SmolLM2-135M-Instruct
-after SFT on worked solutions. Students: copies of SmolLM2 with some middle layers left out, after a little SFT on few of
-the same solutions. Both distillations use the same questions, learning rate, batch and number of updates: supervised
-(recorded gold solutions, forward KL) and on-policy (the student's own samples, reverse KL). The held-out questions are
-in no training set. Prints accuracy with intervals, the ledger, and the gain ratio as GKD computes it: gain of
-on-policy distillation over the student, divided by the gain of supervised distillation over the same student.
+after SFT on 384 worked solutions. Students: copies of SmolLM2 without some middle layers, after SFT on 160 of them.
+Both distillations start from the same student and use the same 160 questions, learning rate, batch and number of
+updates: supervised (the recorded solutions, forward KL) and on-policy (the student's own samples, reverse KL). The
+held-out questions are in no training set. Prints accuracy with intervals, the ledger, and the gain ratio as GKD has it:
+gain of on-policy distillation over the student, divided by the gain of supervised distillation over the same student.
 
 Folders that are finished are not computed again.
 """
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from tutelage.data.tasks import reasoning_gym_tasks
-from tutelage.evals import EvalResult, compare
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job
 from tutelage.policies.load import load_model, load_tokenizer, resolve_model, save_model
@@ -34,8 +33,8 @@ TASKS = {"kind": "reasoning_gym", "name": "chain_sum", "options": OPTIONS, "held
 SYSTEM = "Show the steps."
 VERIFIER = {"kind": "last_number"}
 LENGTH = 40
-EVALUATION = {"n": 8, "ks": [1, 8], "max_new_tokens": LENGTH, "controls": False}
-DROPPED = {24: range(14, 20), 18: [*range(8, 14), *range(14, 20)]}
+EVALUATION = {"n": 4, "ks": [1, 4], "max_new_tokens": LENGTH, "controls": False}
+DROPPED = {24: range(14, 20), 20: [*range(8, 12), *range(14, 20)], 16: [*range(6, 20)]}
 
 
 def worked(expression: str) -> str:
@@ -88,45 +87,44 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def common(out: Path, model: str, data: Path, args: Any) -> dict[str, Any]:
+def common(out: Path, model: str, data: Path, args: Any, *, is_measured: bool = True) -> dict[str, Any]:
     return {
         "run_dir": str(out),
         "seed": args.seed,
-        "model": {"name": model, "system_prompt": SYSTEM, "precision": args.precision},
+        "model": {"name": model, "system_prompt": SYSTEM},
         "data": {"path": str(data)},
         "tasks": TASKS,
         "verifier": VERIFIER,
-        "evaluation": EVALUATION,
+        "evaluation": EVALUATION if is_measured else None,
         "saving": {"every_minutes": 30, "keep": 1},
     }
 
 
-def sft(out: Path, model: str, data: Path, args: Any, **train: Any) -> dict[str, Any]:
-    train = {"schedule": "linear", "batch_size": 16, **train}
-    return run({"method": "sft", "train": train, **common(out, model, data, args)})
+def sft(out: Path, model: str, data: Path, args: Any, **more: Any) -> dict[str, Any]:
+    train = {"schedule": "linear", "batch_size": 16, "lr": more.pop("lr"), "epochs": more.pop("epochs")}
+    return run({"method": "sft", "train": train, **common(out, model, data, args, **more)})
 
 
-def distil(out: Path, student: Path, teacher: Path, data: Path, *, on_policy: bool, args: Any) -> dict[str, Any]:
-    """One update a round on 16 questions. Supervised: the recorded solutions, forward KL; on-policy: reverse KL."""
-    if not out.exists():  # the student was measured at the end of its SFT: not again
+def distil(out: Path, student: Path, teacher: Path, data: Path, *, kind: str, args: Any) -> dict[str, Any]:
+    """One update a round on 16 questions: on recorded solutions (kind "supervised"), or on the student's samples."""
+    is_on_policy = kind != "supervised"
+    first = out.parent / f"{student.name}-supervised" / "evaluation" / "before.json"
+    if is_on_policy and first.exists() and not out.exists():  # the same student: it is measured once
         (out / "evaluation").mkdir(parents=True)
-        shutil.copy(student / "evaluation" / "after.json", out / "evaluation" / "before.json")
+        shutil.copy(first, out / "evaluation" / "before.json")
     return run(
         {
             "method": "distill_on_policy",
-            "teacher": {"name": str(teacher / "model"), "is_checked": on_policy},
-            "student_share": 1.0 if on_policy else 0.0,
+            "teacher": {"name": str(teacher / "model"), "is_checked": not is_on_policy},
+            "student_share": 1.0 if is_on_policy else 0.0,
             "rollout": {"n": 1, "max_new_tokens": LENGTH, "prompts_per_round": 16},
-            "divergence": {"kind": "reverse_kl" if on_policy else "forward_kl"},
+            "divergence": {"kind": kind if is_on_policy else "forward_kl"},
             "train": {"batch_size": None, "lr": args.lr, "schedule": "constant", "warmup": 0.0},
             "rounds": args.steps,
             **common(out, str(student / "model"), data, args),
+            "tasks": {**TASKS, "size": args.demos},
         }
     )
-
-
-def evaluation(folder: Path) -> EvalResult:
-    return EvalResult.from_json(json.loads((folder / "evaluation" / "after.json").read_text()))
 
 
 def shown(metric: dict[str, Any]) -> str:
@@ -136,31 +134,28 @@ def shown(metric: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--layers", type=int, nargs="+", default=[24, 18])
+    parser.add_argument("--layers", type=int, nargs="+", default=[24, 20])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--precision", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher-epochs", type=int, default=2)
-    parser.add_argument("--student-demos", type=int, default=96)
+    parser.add_argument("--demos", type=int, default=160)
     parser.add_argument("--student-epochs", type=int, default=3)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--kinds", nargs="+", default=["supervised", "reverse_kl"])
     args = parser.parse_args()
-    teacher_data = demonstrations(args.out / "worked.jsonl", TRAINING)
-    few = demonstrations(args.out / "few.jsonl", args.student_demos)
-    r = sft(args.out / "teacher", BASE, teacher_data, args, lr=1e-4, epochs=args.teacher_epochs)
+    everything = demonstrations(args.out / "worked.jsonl", TRAINING)
+    few = demonstrations(args.out / "few.jsonl", args.demos)
+    r = sft(args.out / "teacher", BASE, everything, args, lr=1e-4, epochs=args.teacher_epochs)
     print("teacher", shown(r["after"]["pass@1"]), r["after"]["greedy"], r["times_s"], flush=True)
     for layers in args.layers:
-        small = BASE if layers == 30 else str(cut_down(layers, args.out / f"cut{layers}"))
-        r = sft(args.out / f"student{layers}", small, few, args, lr=2e-4, epochs=args.student_epochs)
-        print(layers, shown(r["after"]["pass@1"]), shown(r["after"]["greedy"]), r["times_s"], flush=True)
-        if args.only == "sft":
-            continue
-        for name, on in (("supervised", False), ("on_policy", True)):
-            out = args.out / f"{name}{layers}"
-            r = distil(out, args.out / f"student{layers}", args.out / "teacher", teacher_data, on_policy=on, args=args)
-            print(layers, name, shown(r["after"]["pass@1"]), shown(r["after"]["greedy"]), r["gain"], r["times_s"], flush=True)
-            print(r["ledger"], flush=True)
+        student = args.out / f"student{layers}"
+        small = str(cut_down(layers, args.out / f"cut{layers}"))
+        sft(student, small, few, args, lr=2e-4, epochs=args.student_epochs, is_measured=False)
+        for kind in args.kinds:
+            r = distil(args.out / f"{student.name}-{kind}", student, args.out / "teacher", few, kind=kind, args=args)
+            for m in ("pass@1", "greedy"):
+                print(layers, kind, m, shown(r["before"][m]), shown(r["after"][m]), r["gains"][m], flush=True)
+            print(r["ledger"]["shares"], r["times_s"], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Settings: every problem at once, the nearest known key, and every shipped config loads."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,11 +89,16 @@ def test_settings_are_frozen() -> None:
         config.seed = 3  # type: ignore[misc]
 
 
+def nested(model: type, field: Any) -> list[type]:
+    """The settings a field holds, if any; a mapping to the model's own kind is a leaf."""
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields") and k is not model]
+
+
 def keys(model: type, prefix: str = "") -> set[str]:
     out = set()
     for name, field in model.model_fields.items():
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields")]
+        inner = nested(model, field)
         out |= keys(inner[0], f"{prefix}{name}.") if inner else {prefix + name}
     return out
 
@@ -101,8 +107,7 @@ def test_every_setting_says_what_it_is() -> None:
     def undocumented(model: type, prefix: str) -> list[str]:
         found = []
         for name, field in model.model_fields.items():
-            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-            inner = [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields")]
+            inner = nested(model, field)
             if inner:
                 found += undocumented(inner[0], f"{prefix}{name}.")
             elif not field.description and name != "method":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tutelage.data.store import TrajectoryStore
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
@@ -181,3 +182,155 @@ def test_operations_are_counted_by_part(tmp_path: Path, tiny_folder: Path, teach
         cut()
     config, folder = config_of(tmp_path / "cut")
     assert Job(config, folder, is_resume=True)()["ledger"]["flops"] == pytest.approx(whole["flops"])
+
+
+def recorded(folder: Path, count: int = 12) -> dict[str, Any]:
+    path = folder / "demos.jsonl"
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {i}?", "answer": f"it is {i}"}) + "\n" for i in range(count))
+    )
+    return {"path": str(path)}
+
+
+def cut_and_resumed(folder: Path, settings: Any, *, at: int = 3) -> None:
+    """The same run whole, and stopped and resumed: metrics equal to the bit."""
+    run(settings("whole"))
+    stop = StopRequest()
+    config, where = load_config(settings("cut"))
+    cut = Job(config, where, stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == at else None)  # type: ignore
+    with pytest.raises(Interrupted):
+        cut()
+    config, where = config_of(folder / "cut")
+    Job(config, where, is_resume=True)()
+    assert metrics(folder / "cut") == metrics(folder / "whole")
+
+
+def test_an_adaptive_share_listens_to_the_validation_loss(tmp_path: Path, tiny_folder: Path, teacher: Path) -> None:
+    """DistiLLM: every validation that is worse by the tolerance (here: any) adds a step; the rest is recorded."""
+    adaptive = {"start": 0.0, "step": 0.5, "tolerance": 0.0, "validation": 4, "every_rounds": 2}
+
+    def settings(name: str) -> dict[str, Any]:
+        more = {"divergence": {"kind": "skew_kl"}, "data": recorded(tmp_path), "adaptive": adaptive, "rounds": 8}
+        # A rate that makes validation worse at once.
+        train = {"lr": 0.3, "batch_size": None, "schedule": "constant", "warmup": 0.0}
+        return on_policy(tmp_path, tiny_folder, teacher, name, **more, train=train, saving={"every_steps": 2})
+
+    cut_and_resumed(tmp_path, settings)
+    events = [json.loads(x) for x in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
+    losses = [
+        e["loss_nats_per_target"]["value"]
+        for e in events
+        if e["event"] == "verdict" and e["monitor"] == "ValidationLoss"
+    ]
+    fresh = [e["data/frac_prompts_fresh"] for e in events if e["event"] == "draw"]
+    assert len(losses) == 5 and losses[1] > losses[0]
+    assert fresh[:2] == [0.0, 0.0] and max(fresh[2:]) > 0
+    kept_out = {e["num_trajectories"] for e in events if e["event"] == "verdict"}
+    assert kept_out == {4}
+    drawn = {t.task_id for t in TrajectoryStore(tmp_path / "whole" / "trajectories")}
+    assert len(drawn) == 8  # of 12 recorded prompts: none of those validated on
+    checkpoints = list((tmp_path / "whole" / "checkpoints").iterdir())
+    assert len(checkpoints) <= 2  # a validation is no reason to keep every round
+
+
+def test_text_is_learned_beside_the_distillation(tmp_path: Path, tiny_folder: Path, teacher: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n\n".join("the same words again and again" for _ in range(6)))
+    text = {"path": str(tmp_path / "corpus.txt"), "per_round": 4, "max_length": 16}
+
+    def settings(name: str) -> dict[str, Any]:
+        more = {"divergence": {"kind": "minillm"}, "pretraining": text, "rounds": 6, "saving": {"every_steps": 2}}
+        return on_policy(tmp_path, tiny_folder, teacher, name, **more)
+
+    cut_and_resumed(tmp_path, settings)
+    log = [m["distill/pretraining_nats_per_target"] for m in metrics(tmp_path / "whole")]
+    assert len(log) == 6 and log[-1] < log[0]
+
+
+def test_tokens_drawn_from_teacher_and_student_together(tmp_path: Path, tiny_folder: Path, teacher: Path) -> None:
+    """MiniLLM's mixture: spans are the mixture's, with its log-probabilities, and its sampling is in the ledger."""
+    more: dict[str, Any] = {"divergence": {"kind": "minillm"}, "teacher_mix": 0.2}
+    mixed = run(on_policy(tmp_path, tiny_folder, teacher, "mixed", **more))
+    plain = run(on_policy(tmp_path, tiny_folder, teacher, "plain", divergence={"kind": "minillm"}))
+    per_token = [r["ledger"]["flops"]["sampling"] / r["ledger"]["tokens"]["sampling"] for r in (mixed, plain)]
+    assert per_token[0] == pytest.approx(2 * per_token[1], rel=0.1)  # two models of one size
+    spans = [s for t in TrajectoryStore(tmp_path / "mixed" / "trajectories") for s in t.spans if s.is_sampled]
+    assert spans and {s.author for s in spans} == {"teacher-mixed"} and all(s.logprobs for s in spans)
+    with pytest.raises(ConfigError, match="teacher_mix"):
+        run(on_policy(tmp_path, tiny_folder, "average", "no", **more))
+
+
+def test_each_task_family_has_its_own_teacher(
+    tmp_path: Path, tiny_folder: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Per-teacher divergence is reported, and every teacher is checked on its own questions."""
+    second = save_tiny(tmp_path_factory.mktemp("second") / "second", seed=6)
+    (tmp_path / "judge.py").write_text("def judge(task, completion, trajectory):\n    return True\n")
+    both = {
+        "name": str(teacher),
+        "by_task": {"algebra": {"name": str(second), "system_prompt": "Be exact."}},
+        "allow_worse": True,
+    }
+    settings = on_policy(tmp_path, tiny_folder, teacher, divergence={"kind": "reverse_kl"}) | {
+        "teacher": both | {"by_task": {"algebra": both["by_task"]["algebra"] | {"allow_worse": True}}},
+        "verifier": {
+            "kind": "python",
+            "function": f"{tmp_path}/judge.py:judge",
+            "allow_code_outside": True,
+            "workers": 1,
+        },
+        "evaluation": {"n": 2, "ks": [1], "controls": False},
+    }
+    settings["tasks"] |= {"heldout": 4}
+    (tmp_path / "q.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"What is {i}?", "answer": str(i), **({"name": "algebra"} if i % 2 else {})}) + "\n"
+            for i in range(12)
+        )
+    )
+    run(settings)
+    last = metrics(tmp_path / "run")[-1]
+    named = [k for k in last if k.startswith("distill/divergence_nats_per_target/") and "targets_" not in k]
+    assert len(named) == 2
+    events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    checks = [e for e in events if e["event"] == "teacher_check"]
+    assert [c.get("task") for c in checks] == [None, "algebra"]
+    assert sum(c["gain"]["tasks"] for c in checks) == 4
+
+
+def test_only_the_familys_own_teacher_reads_its_system_prompt(tmp_path: Path, tiny_folder: Path) -> None:
+    """Both teachers are the student itself: graded without the prompt there is nothing to learn, with it there is."""
+    own = {"name": str(tiny_folder), "system_prompt": "Be exact, and answer in as few words as possible."}
+    settings = on_policy(tmp_path, tiny_folder, tiny_folder, divergence={"kind": "reverse_kl"}, rounds=2)
+    settings["teacher"] |= {"by_task": {"algebra": own}}
+    questions = [
+        {"question": f"What is {i}?", "answer": "", **({"name": "algebra"} if i % 2 else {})} for i in range(6)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    run(settings | {"rollout": {"n": 2, "max_new_tokens": 6}})
+    first = metrics(tmp_path / "run")[0]
+    told, plain = (first[f"distill/divergence_nats_per_target/{tiny_folder}#{i}"] for i in (0, 1))
+    assert told > 1e-2 and abs(plain) < 1e-5
+
+
+def test_published_recipes_are_the_defaults(tmp_path: Path, tiny_folder: Path, teacher: Path) -> None:
+    """GKD has no T squared and no division by beta (1 - beta); Hinton has T squared."""
+    hot = {"n": 2, "max_new_tokens": 6, "prompts_per_round": 3, "temperature": 2.0}
+    log = {}
+    for name, d in {
+        "gkd": {"kind": "jsd", "beta": 0.1},
+        "normalised": {"kind": "jsd", "beta": 0.1, "is_normalised": True},
+        "squared": {"kind": "jsd", "beta": 0.1, "t_squared": True},
+    }.items():
+        run(on_policy(tmp_path, tiny_folder, teacher, name, divergence=d, rollout=hot, rounds=1))
+        log[name] = metrics(tmp_path / name)[0]["train/loss"]
+    assert log["normalised"] == pytest.approx(log["gkd"] / 0.09, rel=1e-4)
+    assert log["squared"] == pytest.approx(4 * log["gkd"], rel=1e-4)
+    common = {"data": recorded(tmp_path, 4), "evaluation": None}
+    for name, d in {"hinton": {}, "plain": {"t_squared": False}}.items():
+        settings = on_policy(tmp_path, tiny_folder, teacher, name) | common | {"method": "distill_off_policy"}
+        settings = {k: v for k, v in settings.items() if k not in ("rounds", "rollout", "tasks")}
+        run(settings | {"divergence": {"kind": "forward_kl", "temperature": 2.0, **d}, "tasks": None})
+        log[name] = metrics(tmp_path / name)[0]["train/loss"]
+    assert log["hinton"] == pytest.approx(4 * log["plain"], rel=1e-4)

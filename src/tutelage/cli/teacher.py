@@ -110,25 +110,31 @@ def check(
     from tutelage.methods import teach
 
     screen = console(as_json)
-    report = teach.check(config, settings or [], progress=TerminalProgress(screen), confirm=_confirm(yes))
-    body = report.to_json()
+    reports = teach.check(config, settings or [], progress=TerminalProgress(screen), confirm=_confirm(yes))
+    bodies = {name: report.to_json() for name, report in reports.items()}
     if as_json:
-        print_json(body)
+        print_json(bodies["*"] if set(bodies) == {"*"} else {"by_task": bodies})
     else:
-        screen.print(report.verdict, markup=False)
-        for name in ("on_teacher_prefixes", "on_student_prefixes"):
-            if found := body[name]:
-                screen.print(
-                    f"  {name.replace('_', ' ')}, {found['num_tokens']} tokens: "
-                    f"KL(teacher ‖ student) {found['forward_kl']:.3f}, "
-                    f"KL(student ‖ teacher) {found['reverse_kl']:.3f} nats a token; of the top {found['top_k']} "
-                    f"{found['frac_top_k_shared']:.0%} shared, teacher's mass on the student's "
-                    f"{found['teacher_mass_on_student_top_k']:.1%}",
-                    markup=False,
-                )
-        if report.excess_error_percent:
-            shown = ", ".join(f"{length}: {value:+.0f}%" for length, value in report.excess_error_percent)
-            screen.print(f"  excess error by length: {shown}", markup=False)
-    is_better = report.is_exempt or (report.gain is not None and report.gain.gain.value > 0)
-    if not is_better:
+        for name, body in bodies.items():
+            if len(bodies) > 1:
+                screen.print("all other tasks" if name == "*" else name, style="bold", markup=False)
+            _show(body, screen)
+    if not all(r.is_exempt or (r.gain is not None and r.gain.gain.value > 0) for r in reports.values()):
         raise typer.Exit(1)
+
+
+def _show(body: Any, screen: Any) -> None:
+    screen.print(body["verdict"], markup=False)
+    for name in ("on_teacher_prefixes", "on_student_prefixes"):
+        if found := body[name]:
+            screen.print(
+                f"  {name.replace('_', ' ')}, {found['num_tokens']} tokens: "
+                f"KL(teacher ‖ student) {found['forward_kl']:.3f}, "
+                f"KL(student ‖ teacher) {found['reverse_kl']:.3f} nats a token; of the top {found['top_k']} "
+                f"{found['frac_top_k_shared']:.0%} shared, teacher's mass on the student's "
+                f"{found['teacher_mass_on_student_top_k']:.1%}",
+                markup=False,
+            )
+    if body["excess_error_percent"]:
+        shown = ", ".join(f"{length}: {value:+.0f}%" for length, value in body["excess_error_percent"])
+        screen.print(f"  excess error by length: {shown}", markup=False)

@@ -225,10 +225,15 @@ def _fields_at(model: type[Settings], path: Sequence[str]) -> list[str]:
 
 
 def _model_at(model: type[Settings], path: Sequence[str]) -> type[Settings] | None:
+    is_name = False
     for part in path:
+        if is_name:  # a key of a mapping from names to settings
+            is_name = False
+            continue
         field = model.model_fields.get(part)
         if field is None:
             return None
+        is_name = getattr(field.annotation, "__origin__", None) is dict
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         inner = [k for k in kinds if isinstance(k, type) and issubclass(k, Settings)]
         if not inner:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tutelage.errors import ConfigError
+from tutelage.methods.grading import MIXED, teachers_of
 from tutelage.methods.workbench import Workbench
 from tutelage.train.costs import RunLedger
 from tutelage.train.ledger import ModelCost, cost_of
@@ -15,14 +16,17 @@ def run_ledger(bench: Workbench) -> RunLedger | None:
         authors: dict[str, ModelCost] = {}
         counted: list[tuple[Any, ModelCost]] = []
         for settings in bench.config.stages:
-            teacher = getattr(settings, "teacher", None)
-            if teacher is None or teacher.cache is not None:
-                continue
-            is_own = teacher.name == "self" or teacher.is_own_average
-            if not is_own:
-                authors[teacher.name] = cost_of(bench.teacher_policy(teacher.name, teacher.precision).causal_model)
-            if getattr(settings, "divergence", None) is not None:
-                counted.append((bench.teacher(teacher), student if is_own else authors[teacher.name]))
+            for _, teacher in teachers_of(settings):
+                if teacher.cache is not None:
+                    continue
+                is_own = teacher.name == "self" or teacher.is_own_average
+                if not is_own:
+                    policy = bench.teacher_policy(teacher.name, teacher.precision, teacher.quantise)
+                    authors[teacher.name] = cost_of(policy.causal_model)
+                if getattr(settings, "divergence", None) is not None:
+                    counted.append((bench.teacher(teacher), student if is_own else authors[teacher.name]))
+            if getattr(settings, "teacher_mix", 0.0) > 0:
+                authors[MIXED] = student + authors[settings.teacher.name]
     except ConfigError as error:
         bench.notes.append(f"operations are not counted: {error}")
         return None

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import drawn_of
+from tutelage.methods.grading import teacher_signal
 from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import (
     DataSettings,
@@ -46,7 +47,7 @@ class DistillOffPolicy(Settings):
 
     method: Literal["distill_off_policy"] = "distill_off_policy"
     name: str = "distill_off_policy"
-    """The stage's name within a plan."""
+    """Of the stage within a plan."""
     teacher: TeacherSettings
     data: DataSettings | None = None
     """Recorded trajectories; null lets the teacher answer the tasks."""
@@ -57,7 +58,7 @@ class DistillOffPolicy(Settings):
     rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=1))
     keep: KeepSettings = Field(default_factory=KeepSettings)
     divergence: DivergenceSettings | None = None
-    """Learn the teacher's distribution; null learns its tokens (sequence-level distillation)."""
+    """Learn the teacher's distribution; null learns its tokens (sequence level)."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(epochs=2))
     start_from: str = "previous"
     """previous, base, or stage:NAME."""
@@ -65,27 +66,27 @@ class DistillOffPolicy(Settings):
     @model_validator(mode="after")
     def _fed(self) -> "DistillOffPolicy":
         if self.data is None and self.tasks is None:
-            raise ValueError(
-                "off-policy distillation needs data (recorded trajectories) or tasks that the teacher answers"
-            )
+            raise ValueError("off-policy distillation needs recorded data, or tasks that the teacher answers")
         if self.data is not None and self.divergence is None:
             raise ValueError("data without divergence is plain SFT: use method sft, or set divergence.kind")
+        if self.teacher.by_task and self.data is None:
+            raise ValueError("only one teacher can answer tasks: teacher.by_task needs data, or distill_on_policy")
         return self
 
 
 def build(settings: DistillOffPolicy, bench: "Workbench") -> Stage:
     """One round over the teacher's answers (or the recorded trajectories)."""
-    source: Source
+    divergence, divisor = settings.divergence, settings.train.divisor
     if settings.data is not None:
-        source = Recorded(bench.demonstrations(settings.data))
+        source: Source = Recorded(bench.demonstrations(settings.data))
     else:
         assert settings.tasks is not None
         source = drawn_of(settings, bench, author=settings.teacher.name)
         if settings.verifier is not None:
             source = accepted_of(Judged(source, bench.verifier(settings.verifier)), settings.keep, bench)
-    signal: Signal = HardTargets(divisor=settings.train.divisor)
-    if settings.divergence is not None:
-        signal = bench.teacher_signal(settings.teacher, settings.divergence, settings.train.divisor)
+    signal: Signal = HardTargets(divisor=divisor)
+    if divergence:
+        signal = teacher_signal(bench, settings.teacher, divergence, divisor, t_squared=True)
     return Stage(
         name=settings.name,
         source=source,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from tutelage.methods.card import Card
+from tutelage.methods.on_policy_parts import monitors_of, signal_of, source_of
 from tutelage.methods.settings import (
     DataSettings,
     Fraction,
@@ -15,11 +16,13 @@ from tutelage.methods.settings import (
     TrainSettings,
     VerifierSettings,
 )
-from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
-from tutelage.sources import Drawn
-from tutelage.sources.gkd import StudentShare
+from tutelage.methods.teacher_settings import (
+    AdaptiveSettings,
+    DivergenceSettings,
+    PretrainingSettings,
+    TeacherSettings,
+)
 from tutelage.train.loop import Stage
-from tutelage.types import Source
 
 if TYPE_CHECKING:
     from tutelage.methods.workbench import Workbench
@@ -55,6 +58,12 @@ class DistillOnPolicy(Settings):
     """Recorded trajectories for the share of prompts that the student does not answer."""
     student_share: Fraction = 1.0
     """Share of prompts answered by the student (GKD's lambda); below 1 the rest comes from `data`."""
+    adaptive: AdaptiveSettings | None = None
+    """In place of student_share: a share that grows when validation gets worse, with replay (DistiLLM)."""
+    teacher_mix: float = Field(0.0, ge=0, lt=1)
+    """Share of the teacher in what every token is sampled from (MiniLLM: 0.2)."""
+    pretraining: PretrainingSettings | None = None
+    """Plain text to learn beside (MiniLLM's pretraining loss)."""
     rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=1, prompts_per_round=16))
     divergence: DivergenceSettings = Field(default_factory=lambda: DivergenceSettings(kind="reverse_kl"))
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(batch_size=None, schedule="constant"))
@@ -63,37 +72,25 @@ class DistillOnPolicy(Settings):
 
     @model_validator(mode="after")
     def _fed(self) -> "DistillOnPolicy":
-        if self.student_share < 1 and self.data is None:
-            raise ValueError(f"student_share={self.student_share:g} needs data for the other prompts")
-        if self.student_share == 1 and self.tasks is None:
+        share, needs_data = self.student_share, self.student_share < 1 or self.adaptive is not None
+        if needs_data and self.data is None:
+            raise ValueError(f"student_share={share:g} or adaptive needs data for the other prompts")
+        if not needs_data and self.tasks is None:
             raise ValueError("on-policy distillation needs tasks: the prompts that the student answers")
+        if self.adaptive is not None and share != 1:
+            raise ValueError(f"adaptive sets the share itself: leave student_share out (it is {share:g})")
+        if self.teacher_mix > 0 and not self.teacher.can_sample_with_student:
+            raise ValueError("teacher_mix needs one teacher of its own in this process: no cache, hint, or by_task")
         return self
 
 
 def build(settings: DistillOnPolicy, bench: "Workbench") -> Stage:
     """`rounds` rounds of sampling, grading and (by default) one update."""
-    rollout = settings.rollout
-    if settings.data is not None and settings.student_share < 1:
-        source: Source = StudentShare(
-            bench.demonstrations(settings.data),
-            share=settings.student_share,
-            params=bench.sampling(rollout),
-            n=rollout.n,
-            per_round=rollout.prompts_per_round,
-            rounds=settings.rounds,
-        )
-    else:
-        source = Drawn(
-            bench.train_tasks(settings.tasks),  # type: ignore[arg-type]  # checked by the settings
-            n=rollout.n,
-            params=bench.sampling(rollout),
-            per_round=rollout.prompts_per_round,
-            chunk_rows=rollout.chunk_rows,
-        )
     return Stage(
         name=settings.name,
-        source=source,
-        signal=bench.teacher_signal(settings.teacher, settings.divergence, settings.train.divisor),
+        source=source_of(settings, bench),
+        signal=signal_of(settings, bench),
         trainer=bench.trainer_settings(settings.train, lr=LR, lora_factor=LORA_FACTOR),
         rounds=settings.rounds,
+        monitors=monitors_of(settings, bench),
     )

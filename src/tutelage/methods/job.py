@@ -17,16 +17,14 @@ from tutelage.data.quarantine import Quarantine
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError
 from tutelage.evals import EvalResult, compare, compare_controls, evaluate
-from tutelage.evals.teacher_check import check_teacher
+from tutelage.methods import grading
 from tutelage.methods.config import RunConfig, dump_config, load_config
 from tutelage.methods.costs import run_ledger
 from tutelage.methods.handover import export_handover, plan_of
-from tutelage.methods.teacher_settings import TeacherSettings
 from tutelage.methods.workbench import Confirm, Workbench, with_examples
 from tutelage.policies import smollm2
 from tutelage.policies.policy import check_forward
-from tutelage.policies.teachers import SelfTeacher
-from tutelage.signals.routing import with_hint
+from tutelage.signals.routing import ANY
 from tutelage.train.distributed import Processes
 from tutelage.train.loop import Stage, describe, run_plan
 from tutelage.train.run_directory import RunDirectory, write_atomically
@@ -39,6 +37,7 @@ from tutelage.types import (
     Task,
     Trajectory,
     Verifier,
+    content_hash,
 )
 
 Result = TypeVar("Result")
@@ -295,40 +294,23 @@ class Job:
                 why = "an average of the student" if teacher.is_own_average else "no held-out questions with a verifier"
                 self.run.log_event("teacher_check", {"stage": i, "teacher": teacher.name, "skipped": why})
                 continue
-            path = self.root / "evaluation" / f"teacher-check-{i}.json"
-            if path.exists():
-                continue
-            result = self._teacher_evaluation(i, teacher, measuring)
-            report = check_teacher(
-                SelfTeacher(self.bench.policy),
-                self.bench.teacher(teacher),
-                student_result=before,
-                teacher_result=result,
-                teacher_trajectories=[] if teacher.hint else result.trajectories[:32],
-                student_trajectories=[] if teacher.hint else before.trajectories[:32],
-                allow_worse=teacher.allow_worse,
-            )
-            self.run.log_event("teacher_check", {"stage": i, "teacher": teacher.name, **report.to_json()})
-            if self.processes.is_first:
-                write_atomically(path, json.dumps(report.to_json()))
-
-    def _teacher_evaluation(self, stage: int, teacher: TeacherSettings, measuring: Measuring) -> EvalResult:
-        settings = self.config.evaluation
-        assert settings is not None
-        name = "student" if teacher.name == "self" else teacher.name
-        tasks = [with_hint(teacher.hint)(t) for t in measuring.tasks] if teacher.hint else measuring.tasks
-        return evaluate(
-            self.bench.sampler(name, "teacher"),
-            tasks,
-            measuring.verifier,
-            text=self.bench.text,
-            n=settings.n,
-            params=measuring.params,
-            seed=settings.seed,
-            ks=(1,),
-            greedy=False,
-            progress=self.progress,
-        )
+            for name, each, tasks in grading.tasks_by_teacher(settings, measuring.tasks):
+                suffix = "" if name == ANY else f"-{content_hash(name)[:8]}"
+                path = self.root / "evaluation" / f"teacher-check-{i}{suffix}.json"
+                if path.exists():
+                    continue
+                report = grading.check_one(
+                    self.bench,
+                    each,
+                    measuring,
+                    before,
+                    tasks=tasks,
+                    allow_worse=each.allow_worse,
+                    progress=self.progress,
+                )
+                self.run.log_event("teacher_check", {"stage": i, **grading.check_facts(name, each, report)})
+                if self.processes.is_first:
+                    write_atomically(path, json.dumps(report.to_json()))
 
     # -- the result ----------------------------------------------------------------------------
 

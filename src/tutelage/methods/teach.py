@@ -15,7 +15,8 @@ from tutelage.data.logit_cache import write_logit_cache
 from tutelage.data.store import MANIFEST, TrajectoryWriter
 from tutelage.errors import ConfigError
 from tutelage.evals import evaluate
-from tutelage.evals.teacher_check import TeacherReport, check_teacher
+from tutelage.evals.teacher_check import TeacherReport
+from tutelage.methods import grading
 from tutelage.methods.config import RunConfig, load_config, load_settings
 from tutelage.methods.job import measuring_of
 from tutelage.methods.settings import (
@@ -34,9 +35,7 @@ from tutelage.methods.workbench import Confirm, Workbench
 from tutelage.policies.endpoint import Answer, EndpointSampler, RequestJournal
 from tutelage.policies.http import RateLimit
 from tutelage.policies.sampler import InProcessSampler
-from tutelage.policies.teachers import SelfTeacher
 from tutelage.policies.vllm_server import VLLMSampler, VLLMServer
-from tutelage.signals.routing import with_hint
 from tutelage.sources import Drawn, Judged
 from tutelage.sources.cleaned import Cleaned, TextRules, left_out
 from tutelage.types import Draw, DrawContext, Group, Progress, Source, Task, Trajectory, content_hash
@@ -373,15 +372,18 @@ def check(
     *,
     progress: Progress | None = None,
     confirm: Confirm | None = None,
-) -> TeacherReport:
-    """Compare teacher and student of a distillation config on its held-out questions, as a run would; train nothing.
+) -> dict[str, TeacherReport]:
+    """Compare teachers and student of a distillation config on its held-out questions, as a run would; train nothing.
+
+    Returns:
+        Task family -> report; "*" for the teacher of all families without one of their own.
 
     Raises:
         ConfigError: no stage has a teacher, or there are no questions with a verifier.
     """
     run, folder = load_config(config, overrides)
-    teacher = next((t for s in run.stages if (t := getattr(s, "teacher", None)) is not None), None)
-    if teacher is None:
+    stage = next((s for s in run.stages if getattr(s, "teacher", None) is not None), None)
+    if stage is None:
         raise ConfigError("no stage of this config has a teacher: set teacher.name")
     if run.evaluation is None:
         raise ConfigError("evaluation is null in this config: there is nothing to compare on")
@@ -392,36 +394,26 @@ def check(
             raise ConfigError(
                 "comparing a teacher needs held-out questions and a verifier: set tasks.heldout and verifier"
             )
-        common = {
-            "text": bench.text,
-            "n": run.evaluation.n,
-            "params": measuring.params,
-            "seed": run.evaluation.seed,
-            "ks": (1,),
-            "greedy": False,
-            "chance": False,
-            "progress": progress,
-        }
-        results = []
-        for name in ("student", teacher.name):
-            is_student = name == "student"
-            hinted = [with_hint(teacher.hint)(t) for t in measuring.tasks] if teacher.hint else measuring.tasks
-            sampler = bench.sampler("student" if is_student or name in ("self", "average") else name, name)
-            tasks = measuring.tasks if is_student else hinted
-            results.append(evaluate(sampler, tasks, measuring.verifier, **common))  # type: ignore[arg-type]
-            bench.policy.use_plain_attention()
-        student, taught = results
-        has_logits = teacher.cache is None and not teacher.hint
-        return check_teacher(
-            SelfTeacher(bench.policy) if has_logits else None,
-            bench.teacher(teacher) if has_logits else None,
-            student_result=student,
-            teacher_result=taught,
-            teacher_trajectories=taught.trajectories[:32],
-            student_trajectories=student.trajectories[:32],
-            is_exempt=teacher.is_own_average,
-            allow_worse=True,
+        student = evaluate(
+            bench.sampler("student", "student"),
+            measuring.tasks,
+            measuring.verifier,
+            text=bench.text,
+            n=run.evaluation.n,
+            params=measuring.params,
+            seed=run.evaluation.seed,
+            ks=(1,),
+            greedy=False,
+            chance=False,
+            progress=progress,
         )
+        bench.policy.use_plain_attention()
+        return {
+            name: grading.check_one(
+                bench, teacher, measuring, student, tasks=tasks, allow_worse=True, progress=progress
+            )
+            for name, teacher, tasks in grading.tasks_by_teacher(stage, measuring.tasks)
+        }
     finally:
         bench.close()
 

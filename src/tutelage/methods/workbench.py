@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tutelage.data import demos
 from tutelage.data import tasks as task_sets
-from tutelage.data.logit_cache import LogitCache
 from tutelage.data.quarantine import Quarantine
 from tutelage.errors import ConfigError, DataError, TemplateError
 from tutelage.methods.config import RunConfig
+from tutelage.methods.grading import MIXED, make_teacher, mixed_sampler
 from tutelage.methods.settings import (
     DataSettings,
     RolloutSettings,
@@ -28,25 +28,17 @@ from tutelage.methods.settings import (
     VerifierSettings,
 )
 from tutelage.methods.stored import is_store, stored_groups
-from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
-from tutelage.policies.load import load_model, load_tokenizer, resolve_model, save_model
+from tutelage.methods.teacher_settings import TeacherSettings
+from tutelage.policies.load import load_model, load_tokenizer, save_model
 from tutelage.policies.policy import Policy, add_lora, merged_copy
 from tutelage.policies.sampler import InProcessSampler
-from tutelage.policies.teachers import (
-    AveragedTeacher,
-    InProcessTeacher,
-    SelfTeacher,
-    check_stop_ids,
-    check_vocabulary,
-)
-from tutelage.signals import HintedPrompt, MiniLLM, SampledLogRatio, TeacherDistribution
-from tutelage.signals.routing import with_hint
+from tutelage.policies.teachers import InProcessTeacher, load_teacher
 from tutelage.text import ChatText
 from tutelage.train.distributed import Processes
 from tutelage.train.optim import Optimizer
 from tutelage.train.session import Weights
 from tutelage.train.trainer import Trainer, TrainerSettings
-from tutelage.types import Group, Sampler, SamplingParams, Signal, Task, Trajectory, Verifier, content_hash
+from tutelage.types import Group, Sampler, SamplingParams, Task, Trajectory, Verifier, content_hash
 from tutelage.verifiers import build_verifier
 
 Confirm = Callable[[str], bool]
@@ -231,6 +223,12 @@ class Workbench:
             sampler = self._samplers.setdefault("student", self._make_sampler(self.policy.model, "student", rollout))
             sampler.version = version
             return sampler
+        if name == MIXED:
+            self.policy.use_plain_attention()
+            if name not in self._samplers:
+                self._samplers[name] = mixed_sampler(self)
+            self._samplers[name].version = f"step{self.steps_done()}"
+            return self._samplers[name]
         if name not in self._samplers:
             if name == "base":
                 model, author = load_model(self.model_path, dtype=self.precision, device=self.device), "student"
@@ -273,37 +271,21 @@ class Workbench:
     # -- teachers ------------------------------------------------------------------------------
 
     def teacher(self, settings: TeacherSettings) -> Any:
-        """The teacher as the signals use it, its vocabulary checked against the student's by content.
-
-        Raises:
-            ConfigError: another tokenizer, or another end-of-turn token.
-        """
-        key = settings.model_dump_json()
+        """The teacher as the signals use it, made once: `grading.make_teacher`."""
+        key = settings.model_dump_json(exclude={"by_task"})
         if key not in self._teachers:
-            self._teachers[key] = self._make_teacher(settings)
+            self._teachers[key] = make_teacher(self, settings)
         return self._teachers[key]
 
-    def _make_teacher(self, settings: TeacherSettings) -> Any:
-        if settings.cache is not None:
-            width = self.policy.output_layer.weight_VD.shape[0]
-            return LogitCache(self.path(settings.cache), tokenizer=self.text.fingerprint, vocab_size=width)
-        if settings.name == "self":
-            return SelfTeacher(self.policy, processes=self.processes)
-        if settings.is_own_average:
-            return AveragedTeacher(self.policy, decay=settings.decay, processes=self.processes)
-        policy = self.teacher_policy(settings.name, settings.precision)
-        text = ChatText.from_pretrained(resolve_model(self.beside(settings.name))[0])
-        widths = (self.policy.output_layer.weight_VD.shape[0], policy.output_layer.weight_VD.shape[0])
-        shared = check_vocabulary(self.text, text, student_width=widths[0], teacher_width=widths[1])
-        check_stop_ids(self.text.stop_ids, text.stop_ids)
-        return InProcessTeacher(policy, name=settings.name, vocab_size=shared, processes=self.processes)
-
-    def teacher_policy(self, name: str, precision: str = "auto") -> Policy:
+    def teacher_policy(self, name: str, precision: str = "auto", quantise: str | None = None) -> Policy:
         """The teacher's model, loaded once: it samples and grades with the same weights."""
         if name not in self._teacher_policies:
             dtype = self.precision if precision == "auto" else precision
-            model = load_model(self.beside(name), dtype=dtype, device=self.device)
-            self._teacher_policies[name] = Policy(model)
+            if quantise is None:
+                policy = Policy(load_model(self.beside(name), dtype=dtype, device=self.device))
+            else:
+                policy = load_teacher(self.beside(name), dtype=dtype, device=self.device, quantise=quantise).policy
+            self._teacher_policies[name] = policy
         return self._teacher_policies[name]
 
     def beside(self, name: str) -> str:
@@ -314,30 +296,6 @@ class Workbench:
             if folder.is_dir():
                 return str(folder)
         return name
-
-    def teacher_signal(self, teacher: TeacherSettings, d: DivergenceSettings, divisor: Any) -> Signal:
-        """What is learned from the teacher's distribution."""
-        view = HintedPrompt(self.text, with_hint(teacher.hint)) if teacher.hint else None
-        who = self.teacher(teacher)
-        if d.kind == "sampled_reverse_kl":
-            clip = (d.clip, d.clip) if d.clip else None
-            return SampledLogRatio(who, clip=clip, discount=d.discount, divisor=divisor, view=view)
-        if d.kind == "minillm":
-            return MiniLLM(who, divisor=divisor, view=view)
-        return TeacherDistribution(
-            who,
-            d.kind,
-            estimator=d.estimator,
-            top_k=d.top_k,
-            beta=d.beta,
-            normalised=d.is_normalised,
-            skew=d.skew,
-            alpha=d.alpha,
-            temperature=d.temperature,
-            t_squared=d.t_squared,
-            divisor=divisor,
-            view=view,
-        )
 
     # -- data ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from tutelage.signals.estimators import check_pair
 from tutelage.signals.hard import HardTargets
 from tutelage.signals.minillm import MiniLLM
 from tutelage.signals.policy_gradient import PolicyGradient
+from tutelage.signals.pretraining import WithPretraining
 from tutelage.signals.routing import HintedPrompt, with_hint, with_system
 from tutelage.signals.sampled import SampledLogRatio
 
@@ -15,6 +16,7 @@ __all__ = [
     "PolicyGradient",
     "SampledLogRatio",
     "TeacherDistribution",
+    "WithPretraining",
     "check_pair",
     "with_hint",
     "with_system",

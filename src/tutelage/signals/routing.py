@@ -21,6 +21,8 @@ View = Callable[[Task, Trajectory], Trajectory]
 """What the teacher reads instead of a trajectory: another context before the very same targets."""
 
 ANY = "*"
+UNGRADED = -1
+"""In place of a teacher's index: nobody grades the row."""
 
 
 class Router:
@@ -77,9 +79,16 @@ class Router:
             "teacher_C": np.full(num_targets, self.teacher_of[index], dtype=np.int64),
         }
 
+    def ungraded_columns(self, trajectory: Trajectory) -> dict[str, Any]:
+        """Columns of a row that no teacher is asked about, beside the prepared ones."""
+        self.trajectories.append(trajectory)
+        self.teacher_of.append(UNGRADED)
+        return self.columns(len(self.trajectories) - 1, trajectory.num_targets)
+
     def hidden(self, batch: Batch) -> Tensor:
         """(N, E) hidden states of each target's own teacher; E is the widest teacher's, narrower ones end in zeros."""
-        if len(self.teachers) == 1 and self.view is None and _fits(batch, self.teachers[0]):
+        is_graded = UNGRADED not in self.teacher_of
+        if len(self.teachers) == 1 and self.view is None and is_graded and _fits(batch, self.teachers[0]):
             only: Tensor = self.teachers[0].hidden(batch)
             return only
         widths = [t.output_layer.weight_VD.shape[1] for t in self.teachers]

@@ -1,6 +1,7 @@
 """Whose trajectories: the first of a method's two slots. Filtering, judging, mixing and replay wrap other sources."""
 
 from tutelage.sources.accepted import Accepted, Keep
+from tutelage.sources.beside import Beside
 from tutelage.sources.drawn import Drawn
 from tutelage.sources.hinted import Hinted
 from tutelage.sources.judged import Judged
@@ -14,6 +15,7 @@ from tutelage.sources.thresholds import RisingThresholds
 
 __all__ = [
     "Accepted",
+    "Beside",
     "Drawn",
     "Hinted",
     "Judged",

@@ -28,6 +28,12 @@ class ModelCost:
     """Share of the body's weights that get a gradient; with LoRA a small one."""
     head_trained: bool = True
 
+    def __add__(self, other: "ModelCost") -> "ModelCost":
+        """Two models run side by side on the same tokens, neither of them trained."""
+        return ModelCost(
+            body=self.body + other.body, attention=self.attention + other.attention, head=self.head + other.head
+        )
+
     def forward(self, length: int, *, heads: int | None = None, start: int = 0) -> float:
         """Tokens `start` to `length` of one sequence, logits at `heads` positions (None: all of them)."""
         n = length - start

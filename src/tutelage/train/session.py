@@ -202,7 +202,8 @@ class Session:
 
     def watch(self, stage: "Stage", draw: Draw) -> list[tuple[Monitor, MonitorReport]]:
         """Every monitor's opinion at the end of a round."""
-        return [(m, self._watched(partial(m.after_round, draw), stage)) for m in stage.monitors]
+        found = [(m, self._watched(partial(m.after_round, draw), stage)) for m in stage.monitors]
+        return [(m, report) for m, report in found if report is not None]
 
     def _watched(self, ask: Callable[[DrawContext], Any], stage: "Stage") -> Any:
         started = time.perf_counter()
@@ -215,6 +216,7 @@ class Session:
         place = {"stage": self.cursor.stage, "round": self.cursor.round}
         fields = {**place, "monitor": type(monitor).__name__, "verdict": report.verdict}
         self.run.log_event("verdict", {**fields, "stop": report.should_stop, **report.evidence})
+        self.scores |= report.scores
 
     def draw(self, stage: "Stage") -> Draw:
         """The round's draw: from its committed chunks where there are any."""
@@ -395,7 +397,7 @@ class Session:
             self._verdict = next(r.verdict for _, r in reports if r.should_stop)
             self._hand_over(reports)
             return True  # saved by `leave`, as the next stage's start
-        if stage.monitors or self._is_time_to_save():
+        if any(getattr(m, "saves_rounds", True) for m in stage.monitors) or self._is_time_to_save():
             self.save(stage)
         return should_stop
 

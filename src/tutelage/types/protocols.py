@@ -169,12 +169,15 @@ class MonitorReport:
     """True sets weights and optimiser back to the round before."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able numbers behind the verdict."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """New validation scores, for sources whose rate depends on them."""
 
 
 class Monitor(Protocol):
     """Watches a stage: probes, gates, graduation."""
 
-    def after_round(self, draw: Draw, ctx: DrawContext) -> MonitorReport: ...
+    def after_round(self, draw: Draw, ctx: DrawContext) -> MonitorReport | None:
+        """None: nothing was looked at."""
 
     def state(self) -> Mapping[str, Any]: ...
 

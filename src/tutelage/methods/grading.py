@@ -1,0 +1,221 @@
+"""From settings to who grades, what it reads, and what is learned from it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tutelage.data.logit_cache import LogitCache
+from tutelage.errors import ConfigError
+from tutelage.evals import EvalResult, evaluate
+from tutelage.evals.teacher_check import TeacherReport, check_teacher
+from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
+from tutelage.policies.load import resolve_model
+from tutelage.policies.teacher_mixed import TeacherMixedSampler
+from tutelage.policies.teachers import (
+    AveragedTeacher,
+    InProcessTeacher,
+    SelfTeacher,
+    check_stop_ids,
+    check_vocabulary,
+)
+from tutelage.signals import HintedPrompt, MiniLLM, SampledLogRatio, TeacherDistribution, with_hint, with_system
+from tutelage.signals.routing import ANY, View
+from tutelage.text import ChatText
+from tutelage.types import Progress, Signal, Task, Trajectory
+
+if TYPE_CHECKING:
+    from tutelage.methods.job import Measuring
+    from tutelage.methods.workbench import Workbench
+
+MIXED = "teacher-mixed"
+"""The author whose every token is drawn from a mixture of teacher and student."""
+
+
+def make_teacher(bench: "Workbench", settings: TeacherSettings) -> Any:
+    """The teacher as the signals use it, its vocabulary checked against the student's by content.
+
+    Raises:
+        ConfigError: another tokenizer, or another end-of-turn token.
+    """
+    width = bench.policy.output_layer.weight_VD.shape[0]
+    if settings.cache is not None:
+        return LogitCache(bench.path(settings.cache), tokenizer=bench.text.fingerprint, vocab_size=width)
+    if settings.name == "self":
+        return SelfTeacher(bench.policy, processes=bench.processes)
+    if settings.is_own_average:
+        return AveragedTeacher(bench.policy, decay=settings.decay, processes=bench.processes)
+    policy = bench.teacher_policy(settings.name, settings.precision, settings.quantise)
+    text = ChatText.from_pretrained(resolve_model(bench.beside(settings.name))[0])
+    teacher_width = policy.output_layer.weight_VD.shape[0]
+    shared = check_vocabulary(bench.text, text, student_width=width, teacher_width=teacher_width)
+    check_stop_ids(bench.text.stop_ids, text.stop_ids)
+    return InProcessTeacher(policy, name=settings.name, vocab_size=shared, processes=bench.processes)
+
+
+def teacher_signal(
+    bench: "Workbench", teacher: TeacherSettings, d: DivergenceSettings, divisor: Any, *, t_squared: bool
+) -> Signal:
+    """What is learned from the teacher's distribution.
+
+    Args:
+        t_squared: what `divergence.t_squared=null` means: Hinton's recipe has the factor, GKD's has not.
+    """
+    who: Any = bench.teacher(teacher)
+    if teacher.by_task:
+        who = {**{task: bench.teacher(t) for task, t in teacher.by_task.items()}, ANY: who}
+    view = _view(bench, teacher)
+    if d.kind == "sampled_reverse_kl":
+        clip = (d.clip, d.clip) if d.clip else None
+        return SampledLogRatio(who, clip=clip, discount=d.discount, divisor=divisor, view=view)
+    if d.kind == "minillm":
+        low_high = (0.2, 0.2) if d.clip is None else (d.clip, d.clip)
+        return MiniLLM(who, length_norm=d.length_norm, clip=low_high, divisor=divisor, view=view)
+    return TeacherDistribution(
+        who,
+        d.kind,
+        estimator=d.estimator,
+        top_k=d.top_k,
+        beta=d.beta,
+        normalised=d.is_normalised,
+        skew=d.skew,
+        alpha=d.alpha,
+        temperature=d.temperature,
+        t_squared=t_squared if d.t_squared is None else d.t_squared,
+        divisor=divisor,
+        view=view,
+    )
+
+
+def told(teacher: TeacherSettings) -> Callable[[Task], Task] | None:
+    """The task as the teacher is shown it; None where it reads what the student reads."""
+    changes = [with_system(teacher.system_prompt)] if teacher.system_prompt else []
+    changes += [with_hint(teacher.hint)] if teacher.hint else []
+    if not changes:
+        return None
+
+    def change(task: Task) -> Task:
+        for each in changes:
+            task = each(task)
+        return task
+
+    return change
+
+
+def _view(bench: "Workbench", teacher: TeacherSettings) -> View | None:
+    """What each task's teacher reads in place of the student's trajectory."""
+    views: dict[str, View] = {}
+    for task_name, each in ((ANY, teacher), *teacher.by_task.items()):
+        if (change := told(each)) is not None:
+            views[task_name] = HintedPrompt(bench.text, change)
+    if not views:
+        return None
+
+    def view(task: Task, trajectory: Trajectory) -> Trajectory:
+        own = task.name if task.name in teacher.by_task else ANY
+        return views[own](task, trajectory) if own in views else trajectory
+
+    return view
+
+
+def mixed_sampler(bench: "Workbench") -> TeacherMixedSampler:
+    """Samples every token from share · teacher + (1 - share) · student, for the stage that asks for it."""
+    stage = next(s for s in bench.config.stages if getattr(s, "teacher_mix", 0.0) > 0)
+    return TeacherMixedSampler(
+        bench.policy.model,
+        bench.teacher_policy(stage.teacher.name, stage.teacher.precision, stage.teacher.quantise).model,
+        share=stage.teacher_mix,
+        stop_ids=bench.text.stop_ids,
+        decode=bench.text.completion_text,
+        author=MIXED,
+        max_batch=stage.rollout.max_batch,
+    )
+
+
+# -- is the teacher better? ----------------------------------------------------------------------
+
+
+def teachers_of(stage: Any) -> Iterator[tuple[str, TeacherSettings]]:
+    """(task family or "*", teacher) of a stage; nothing where it has none."""
+    teacher: TeacherSettings | None = getattr(stage, "teacher", None)
+    if teacher is not None:
+        yield from ((ANY, teacher), *teacher.by_task.items())
+
+
+def check_one(
+    bench: "Workbench",
+    teacher: TeacherSettings,
+    measuring: "Measuring",
+    student: EvalResult,
+    *,
+    tasks: Sequence[Task],
+    allow_worse: bool,
+    progress: Progress | None = None,
+) -> TeacherReport:
+    """Teacher against student on the same tasks, the teacher as it will be used: with its hint and system prompt.
+
+    Args:
+        student: an evaluation of the student on at least these tasks, samples included where logits are compared.
+
+    Raises:
+        ConfigError: the teacher is not better and has to be.
+    """
+    settings = bench.config.evaluation
+    assert settings is not None
+    change = told(teacher)
+    is_own = teacher.name == "self" or teacher.is_own_average
+    taught = evaluate(
+        bench.sampler("student" if is_own else teacher.name, "teacher"),
+        tasks if change is None else [change(t) for t in tasks],
+        measuring.verifier,
+        text=bench.text,
+        n=settings.n,
+        params=measuring.params,
+        seed=settings.seed,
+        ks=(1,),
+        greedy=False,
+        chance=False,
+        progress=progress,
+    )
+    bench.policy.use_plain_attention()
+    has_logits = teacher.cache is None and change is None
+    own = only(student, {t.id for t in tasks})
+    return check_teacher(
+        SelfTeacher(bench.policy) if has_logits else None,
+        bench.teacher(teacher) if has_logits else None,
+        student_result=own,
+        teacher_result=taught,
+        teacher_trajectories=taught.trajectories[:32],
+        student_trajectories=own.trajectories[:32],
+        is_exempt=teacher.is_own_average,
+        allow_worse=allow_worse,
+    )
+
+
+def tasks_by_teacher(stage: Any, tasks: Sequence[Task]) -> Iterable[tuple[str, TeacherSettings, Sequence[Task]]]:
+    """Each teacher of a stage with the tasks it is responsible for.
+
+    Raises:
+        ConfigError: a task family has a teacher of its own and no question to compare on.
+    """
+    names = {name for name, _ in teachers_of(stage)} - {ANY}
+    for name, teacher in teachers_of(stage):
+        own = [t for t in tasks if (t.name == name if name != ANY else t.name not in names)]
+        if own:
+            yield name, teacher, own
+        elif name != ANY:
+            there = sorted({t.name for t in tasks})
+            raise ConfigError(f"teacher.by_task has {name!r}, and no held-out question is of it; there are {there}")
+
+
+def only(result: EvalResult, ids: set[str]) -> EvalResult:
+    """The part of an evaluation that is about the given tasks."""
+    if ids >= {c.task_id for c in result.counts}:
+        return result
+    kept = tuple(t for t in result.trajectories if t.task_id in ids)
+    counts = tuple(c for c in result.counts if c.task_id in ids)
+    return replace(result, counts=counts, greedy_counts=None, trajectories=kept, greedy_trajectories=())
+
+
+def check_facts(name: str, teacher: TeacherSettings, report: TeacherReport) -> Mapping[str, Any]:
+    """One line of the event log."""
+    return {"teacher": teacher.name, **({} if name == ANY else {"task": name}), **report.to_json()}
