@@ -3,15 +3,15 @@
     python bench/data_stream.py [--rows 1000000] [--folder DIR] [--samples 8] [--batch 128] [--max-tokens 8192]
 
 Rows are synthetic and judged: `--samples` a prompt, 40 to 200 tokens, a third accepted, a third of the texts repeated.
-They are written to DIR (a temporary folder otherwise) and removed afterwards. Memory is the private part of the process
-(RssAnon, sampled every 20 ms) above what it was before the phase. Each phase's result is checked on the way: caps, no
-repeated text, every kept row in exactly one microbatch.
+They are written to DIR (a temporary folder otherwise) and removed afterwards. Each phase is a process of its own; its
+memory is the private part (RssAnon, sampled every 20 ms) above what it was before the phase's work. Results are checked
+on the way: as many rows as were kept, every kept row in exactly one microbatch.
 """
 
 import argparse
 import json
-import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,12 +30,13 @@ from tutelage.data.pack import microbatches
 from tutelage.data.rows import SCHEMA, encode, to_row
 from tutelage.data.select import SelectionRules, select
 from tutelage.data.store import Manifest, Shard, TrajectoryStore
-from tutelage.data.token_file import rows_of_store, write_token_file
+from tutelage.data.token_file import TokenFile, rows_of_store, write_token_file
 from tutelage.signals.base import LazyRows
 from tutelage.train.trainer import Place, Trainer, TrainerSettings
 from tutelage.types import Span, Status, Trajectory, Verdict
 
 Result = TypeVar("Result")
+PHASES = ("write", "select", "tokens", "pack", "hold")
 DISTINCT = 2_000
 """Different token sequences; hashes, verdicts and prompts differ row by row."""
 
@@ -167,6 +168,35 @@ def pack(rows: LazyRows, settings: TrainerSettings, max_tokens: int) -> dict[str
     return {"updates": len(batches), "microbatches": groups, "real": tokens / (groups * max_tokens)}
 
 
+def run_phase(name: str, args: argparse.Namespace) -> None:
+    """One phase, in a process of its own: what an earlier phase freed and the allocator kept would hide memory."""
+    at, out = args.at, []
+    if name == "write":
+        size = timed(
+            "write the store (not part of the job)", args.rows, lambda: write(at / "s", args.rows, args.samples), out
+        )
+        print(json.dumps({"store_GB": round(size / 1e9, 3)}))
+    elif name == "select":
+        rules = SelectionRules(is_whole=True, distinct="text", max_per_prompt=4, order="shortest")
+        chosen = timed("select and remove duplicates", args.rows, lambda: select(TrajectoryStore(at / "s"), rules), out)
+        np.save(at / "kept.npy", chosen.is_kept)
+        print(json.dumps({"kept": chosen.num_kept, "left_out": chosen.left_out}))
+    elif name == "tokens":
+        kept, store = np.load(at / "kept.npy"), TrajectoryStore(at / "s")
+        file = timed("write tokens", args.rows, lambda: write_token_file(at / "t", rows_of_store(store, kept)), out)
+        assert len(file) == kept.sum()
+    elif name == "pack":
+        file = TokenFile(at / "t")
+        rows = LazyRows(file, file.num_targets, file.weights, "targets")
+        settings = TrainerSettings(lr=1.0, batch_size=args.batch, epochs=1)
+        packed = timed("order and pack an epoch", len(rows), lambda: pack(rows, settings, args.max_tokens), out)
+        print(json.dumps({k: round(v, 3) for k, v in packed.items()}))
+    else:
+        store, count = TrajectoryStore(at / "s"), min(args.rows, 20_000)
+        held = timed(f"hold {count} in memory", count, lambda: list(islice(store, count)), out)
+        assert len(held) == count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -174,32 +204,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--at", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.phase:
+        return run_phase(args.phase, args)
     folder = Path(tempfile.mkdtemp(dir=args.folder, prefix="data-stream-"))
     try:
-        phases: list[dict[str, Any]] = []
-        size = timed(
-            "write (not measured work)", args.rows, lambda: write(folder / "s", args.rows, args.samples), phases
-        )
-        store = TrajectoryStore(folder / "s")
-        rules = SelectionRules(is_whole=True, distinct="text", max_per_prompt=4, order="shortest")
-        chosen = timed("select and remove duplicates", args.rows, lambda: select(store, rules), phases)
-        file = timed(
-            "write tokens",
-            args.rows,
-            lambda: write_token_file(folder / "t", rows_of_store(store, chosen.is_kept)),
-            phases,
-        )
-        assert len(file) == chosen.num_kept
-        rows = LazyRows(file, file.num_targets, file.weights, "targets")
-        settings = TrainerSettings(lr=1.0, batch_size=args.batch, epochs=1)
-        packed = timed("order and pack an epoch", len(rows), lambda: pack(rows, settings, args.max_tokens), phases)
-        held = timed("hold in memory (20,000 rows)", 20_000, lambda: list(islice(store, 20_000)), phases)
-        print(json.dumps({"store_GB": size / 1e9, "kept": chosen.num_kept, "left_out": chosen.left_out, **packed}))
-        print(json.dumps({"max_rss_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "held": len(held)}))
+        for phase in PHASES:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--phase", phase, "--at", str(folder)], check=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -34,7 +34,7 @@ def test_the_control_arm_keeps_as_many_of_each_prompt_and_is_compared(tmp_path: 
     result = run(matched(tmp_path, tiny_folder))
     root = tmp_path / "run"
     first, arm = (kept_counts(f / "trajectories") for f in (root, root / ARM))
-    assert first == arm and {r for _, r, _, _ in first} == {0, 1} and max(first.values()) == 1
+    assert first == arm and {r for _, r, _ in first} == {0, 1} and max(first.values()) == 1
     by_verdict = [t.verdict.is_accepted for t in TrajectoryStore(root / ARM / "trajectories") if t.weight]
     assert not all(by_verdict)  # drawn by lot, whatever the verdict
     assert all(t.verdict.is_accepted for t in TrajectoryStore(root / "trajectories") if t.weight)

@@ -13,6 +13,7 @@ from test_job import StopAfter, assert_same_run, demonstrations, job, metrics, r
 from tutelage.data.rounds import RoundStore
 from tutelage.data.store import Manifest, TrajectoryStore
 from tutelage.errors import ConfigError, Interrupted
+from tutelage.methods import METHODS
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
 from tutelage.train.stop import StopRequest
@@ -153,19 +154,60 @@ def test_raft_keeps_the_best_of_each_prompt_by_score(tmp_path: Path, tiny_folder
             assert [t.verdict.score for t in ts if t.weight] == [best]
 
 
-def test_rft_pools_distinct_paths_over_rounds_with_gold(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("distinct", ["key", "text"])
+def test_rft_pools_distinct_paths_over_rounds_with_gold(tmp_path: Path, tiny_folder: Path, distinct: str) -> None:
+    """The tiny model writes no equations: all its answers to a question are one path, which the first round has."""
     write_verifier(tmp_path, "True")
     gold = demonstrations(tmp_path, tiny_folder)["data"]
-    keep = {"distinct": "key", "cap": None, "drop_truncated": False}
+    keep = {"distinct": distinct, "cap": None, "drop_truncated": False, "order": "farthest"}
     job(family("rft", tmp_path, tiny_folder, keep=keep, gold=gold))()
     first, second = stored(tmp_path / "run")
-    assert len(second) > len(first)  # the second round has the first one's again
     assert [sum("human" in authors(t) for t in r) for r in (first, second)] == [10, 10]
     first = [t for t in first if "human" not in authors(t)]
     for name in {t.task_hash for t in first}:
-        kept = [t.verdict.key for t in first if t.task_hash == name and t.weight]
-        assert len(kept) == len(set(kept)) >= 1
-    assert events(tmp_path / "run", "draw")[1]["data/num_replayed/student"] > 0
+        kept = [t for t in first if t.task_hash == name and t.weight]
+        same = [t.verdict.key if distinct == "key" else t.completion.strip() for t in kept]
+        assert len(same) == len(set(same)) >= 1 and (distinct == "text" or same == [""])
+    replayed = events(tmp_path / "run", "draw")[1]["data/num_replayed/samples"]
+    assert (replayed > 0) == (distinct == "text")
+    assert sum("replayed" in t.marks for t in second) == replayed
+
+
+def test_rft_pools_samplers_by_prompt_before_it_compares_paths(tmp_path: Path, tiny_folder: Path) -> None:
+    write_verifier(tmp_path, "True")
+    keep = {"distinct": "key", "cap": None, "drop_truncated": False}
+    samplers = ["student", str(tiny_folder)]
+    job(family("rft", tmp_path, tiny_folder, keep=keep, samplers=samplers, rounds=1))()
+    draws = list(TrajectoryStore(tmp_path / "run" / "trajectories"))
+    by_task: dict[str, list[Trajectory]] = {}
+    for t in draws:
+        by_task.setdefault(t.task_hash, []).append(t)
+    assert {len(ts) for ts in by_task.values()} == {8}  # n = 4 by each
+    assert {sum(t.weight != 0 for t in ts) for ts in by_task.values()} == {1}  # one path among both
+
+
+def test_rest_em_keeps_ten_of_a_question_and_star_grows_by_a_fifth() -> None:
+    em, star = METHODS["rest_em"].settings, METHODS["star"].settings
+    shared = {"tasks": {"kind": "jsonl", "path": "q"}, "verifier": {"kind": "exact"}}
+    made = em(method="rest_em", **shared)
+    assert (made.keep.cap, made.rollout.n, made.rollout.temperature, made.start_from) == (10, 32, 0.7, "base")
+    train = star(method="star", **shared).train
+    assert (train.updates, train.updates_growth) == (40, 1.2)
+
+
+def test_star_shows_worked_examples_in_the_first_loop_only_and_its_loops_grow(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    examples = demonstrations(tmp_path, tiny_folder)["data"] | {"limit": 2}
+    more = {"rollout": {"n": 2, "temperature": 1.0, "max_new_tokens": 6}, "keep": {"drop_truncated": False}}
+    more |= {"train": {"lr": 1e-3, "batch_size": 4, "updates": 5, "updates_growth": 1.2}, "hint": None}
+    job(family("star", tmp_path, tiny_folder, examples=examples, **more))()
+    run = tmp_path / "run"
+    first, second = stored(run)
+    assert all(t.behaviour_logprobs is None and not t.spans[-1].is_context_exact for t in first)
+    assert all(t.behaviour_logprobs is not None for t in second)
+    assert {len(t.messages) for t in first} == {2}  # question and answer, no examples
+    assert [sum(m["round"] == r for m in metrics(run)) for r in (0, 1)] == [5, 6]
 
 
 def test_the_random_budget_keeps_as_many_but_others(tmp_path: Path, tiny_folder: Path) -> None:

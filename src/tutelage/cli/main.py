@@ -119,13 +119,22 @@ def claims(
 @app.command()
 def demo(
     run_dir: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[ladder] [KEY=VALUE]...", help="Which demo, and settings that win.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rejection-sampling fine-tuning of a real 135M model on one-digit sums, measured before and after."""
+    """Rejection-sampling fine-tuning of a real 135M model on one-digit sums, measured before and after. `demo ladder`:
+    SFT, rejection sampling until the graduation monitor ends it, then RL, on a small model made from nothing."""
     from tutelage.cli import runs
 
     out = console(as_json)
+    if settings and settings[0] == "ladder":
+        from tutelage.cli import ladder
+
+        own = Path("runs/ladder") if run_dir == Path("runs/demo") else run_dir
+        ladder.run(own, settings[1:], out, as_json=as_json)
+        return
     runs.show(runs.demo(run_dir, settings or [], out), out, as_json=as_json)
 
 

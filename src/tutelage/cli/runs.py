@@ -49,8 +49,12 @@ def demo(run_dir: Path, settings: Sequence[str], out: Console) -> dict[str, Any]
 
 def demo_settings() -> dict[str, Any]:
     """The demo's config file, as it is shipped with the package."""
-    text = (files("tutelage.methods") / "configs" / "demo.yaml").read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
+    return shipped_settings("demo.yaml")
+
+
+def shipped_settings(name: str) -> dict[str, Any]:
+    """A config file that is shipped with the package."""
+    return dict(yaml.safe_load((files("tutelage.methods") / "configs" / name).read_text(encoding="utf-8")))
 
 
 def _run(config: RunConfig, folder: Path, out: Console, *, yes: bool, is_resume: bool) -> dict[str, Any]:

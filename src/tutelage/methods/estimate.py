@@ -88,7 +88,16 @@ def _stage_tokens(settings: Any, stage: Stage, bench: Workbench) -> tuple[int, i
     cap = getattr(getattr(settings, "keep", None), "cap", None)
     kept = completions if cap is None else min(completions, prompts * cap * stage.rounds)
     per_sample = prompt_tokens + rollout.max_new_tokens
-    return completions * rollout.max_new_tokens, kept * per_sample * stage.trainer.epochs, shown
+    return completions * rollout.max_new_tokens, per_sample * _trained_rows(kept, stage), shown
+
+
+def _trained_rows(kept: int, stage: Stage) -> int:
+    """Trajectories that go through an update, each counted as often as it does."""
+    s = stage.trainer
+    if s.updates is None:
+        return kept * s.epochs
+    updates = sum(round(s.updates * s.updates_growth**r) for r in range(stage.rounds))
+    return updates * (s.batch_size or kept // max(1, stage.rounds))
 
 
 def _prompt_only(bench: Workbench, task: Any) -> Trajectory:

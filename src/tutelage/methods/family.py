@@ -69,7 +69,7 @@ class Imitation(Sampling):
         return self
 
 
-def drawn_of(settings: Any, bench: "Workbench", *, author: str = "student") -> Drawn:
+def drawn_of(settings: Any, bench: "Workbench", *, author: str = "student", **more: Any) -> Drawn:
     """The stage's own completions."""
     rollout = settings.rollout
     return Drawn(
@@ -79,6 +79,7 @@ def drawn_of(settings: Any, bench: "Workbench", *, author: str = "student") -> D
         params=bench.sampling(rollout),
         per_round=rollout.prompts_per_round,
         chunk_rows=rollout.chunk_rows,
+        **more,
     )
 
 

@@ -33,6 +33,8 @@ def unstreamable(settings: Any) -> list[str]:
         out.append("keep.drop_all_correct looks at whole groups")
     if keep.random_budget:
         out.append("keep.random_budget draws lots within a prompt")
+    if keep.order == "farthest":
+        out.append("keep.order=farthest compares texts within a prompt")
     if settings.train.divisor == "sampled":
         out.append("train.divisor=sampled counts what was rejected too")
     return out
@@ -68,37 +70,33 @@ def budget_of(settings: KeepSettings, bench: "Workbench") -> Callable[[DrawConte
     folder = bench.path(settings.random_budget) / "trajectories"
     if not is_store(folder):
         raise ConfigError(f"keep.random_budget={settings.random_budget!r}: {folder} holds no trajectories of a run")
-    counts: dict[tuple[int, int, str, str], int] = {}
+    counts: dict[tuple[int, int, str], int] = {}
 
     def budget(ctx: DrawContext, group: Group) -> int:
         if not counts:
             counts.update(kept_counts(folder))
-        return counts.get((ctx.stage, ctx.round, group.task.hash, _author(group)), 0)
+        return counts.get((ctx.stage, ctx.round, group.task.hash), 0)
 
     return budget
 
 
-def kept_counts(folder: Path) -> Counter[tuple[int, int, str, str]]:
-    """(stage, round, prompt, author) -> judged samples that a run kept, from its trajectories. What was replayed from
+def kept_counts(folder: Path) -> Counter[tuple[int, int, str]]:
+    """(stage, round, prompt) -> judged samples that a run kept, from its trajectories. What was replayed from
     earlier rounds, and what nobody judged (gold solutions), is not counted.
 
     Memory: one entry a prompt of each round.
     """
     store = TrajectoryStore(folder)
     places = [_place(shard.name) for shard in store.shards for _ in range(shard.rows)]
-    found: Counter[tuple[int, int, str, str]] = Counter()
+    found: Counter[tuple[int, int, str]] = Counter()
     row = 0
-    for batch in store.scan(["task_hash", "author", "weight", "verdict_status", "marks"]):
-        columns = (batch.column(i).to_pylist() for i in range(5))
-        for task, author, weight, status, marks in zip(*columns, strict=True):
+    for batch in store.scan(["task_hash", "weight", "verdict_status", "marks"]):
+        columns = (batch.column(i).to_pylist() for i in range(4))
+        for task, weight, status, marks in zip(*columns, strict=True):
             if weight and status is not None and REPLAYED not in marks:
-                found[(*places[row], task, author or "")] += 1
+                found[(*places[row], task)] += 1
             row += 1
     return found
-
-
-def _author(group: Group) -> str:
-    return next((s.author for t in group.trajectories for s in t.spans if s.is_sampled), "")
 
 
 def _place(shard: str) -> tuple[int, int]:

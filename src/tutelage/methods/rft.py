@@ -8,7 +8,7 @@ from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
 from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import DataSettings, KeepSettings, Positive, RolloutSettings, TrainSettings
-from tutelage.sources import Judged, Mixed, Paths, Recorded, Replay
+from tutelage.sources import Judged, Mixed, Paths, Pooled, Recorded, Replay
 from tutelage.train.loop import Stage
 from tutelage.types import Source
 
@@ -19,7 +19,7 @@ CARD = Card(
     name="rft",
     title="RFT",
     what="Sample many, keep one accepted answer of each reasoning path, add the gold solutions, train the first model.",
-    source="Mixed(Replay(Accepted(Paths(Judged(Drawn(samplers, n), verifier)), distinct=key)), Recorded(gold))",
+    source="Mixed(Replay(Accepted(Paths(Judged(Pooled(Drawn(sampler, n)), verifier)), distinct=key)), Recorded(gold))",
     signal="HardTargets",
     eats="Questions with answers and worked solutions; one or more models that were fine-tuned on them.",
     policy="off: pooled samples of one or more models, trained into the pretrained one",
@@ -36,7 +36,7 @@ class RFT(Imitation):
     name: str = "rft"
     """The stage's name within a plan."""
     rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=100, temperature=0.7))
-    keep: KeepSettings = Field(default_factory=lambda: KeepSettings(distinct="key", cap=None))
+    keep: KeepSettings = Field(default_factory=lambda: KeepSettings(distinct="key", cap=None, order="farthest"))
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(epochs=3, schedule="cosine", batch_size=128))
     rounds: Positive = 1
     """Times to sample, pool and train."""
@@ -52,13 +52,12 @@ class RFT(Imitation):
 
 def build(settings: RFT, bench: "Workbench") -> Stage:
     """Sample from every sampler, keep distinct paths, pool, add gold, train from base."""
-    verifier = bench.verifier(settings.verifier)
-    sources: dict[str, Source] = {}
-    for author in settings.samplers:
-        judged = Paths(Judged(drawn_of(settings, bench, author=author), verifier), check=settings.is_checked)
-        kept: Source = accepted_of(judged, settings.keep, bench)
-        sources[author] = Replay(kept) if settings.rounds > 1 and len(settings.samplers) == 1 else kept
+    authors = {name: drawn_of(settings, bench, author=name) for name in settings.samplers}
+    drawn: Source = Pooled(authors) if len(authors) > 1 else next(iter(authors.values()))
+    judged = Paths(Judged(drawn, bench.verifier(settings.verifier)), check=settings.is_checked)
+    source: Source = accepted_of(judged, settings.keep, bench)
+    if settings.rounds > 1:
+        source = Replay(source, distinct=settings.keep.distinct)
     if settings.gold is not None:
-        sources["gold"] = Recorded(bench.demonstrations(settings.gold))
-    source = Mixed(sources) if len(sources) > 1 else next(iter(sources.values()))
+        source = Mixed({"samples": source, "gold": Recorded(bench.demonstrations(settings.gold))})
     return stage_of(settings, bench, source)

@@ -168,8 +168,9 @@ class KeepSettings(Settings):
     """Only the best-scoring this many of a prompt."""
     cap: Positive | None = 4
     """At most this many of a prompt."""
-    order: Literal["shortest", "sampled"] = "shortest"
-    """Which come first where a rule must choose."""
+    order: Literal["shortest", "sampled", "farthest"] = "shortest"
+    """Which come first where a rule must choose. farthest: of two that `distinct` takes for one, the text that is
+    farther from the other kept ones by edit distance (RFT); else as sampled."""
     random_budget: bool | str = False
     """The control arm: as many as the rules would keep, drawn by lot among all samples of the prompt. A run's folder:
     as many as that run kept of the prompt in the same round."""
@@ -262,6 +263,10 @@ class TrainSettings(Settings):
     """Trajectories per update; null takes the whole draw in one."""
     epochs: Positive = 1
     """Passes over a round's draw."""
+    updates: Positive | None = None
+    """Updates in a round, over as many passes as that takes, instead of whole epochs."""
+    updates_growth: float = Field(1.0, ge=1)
+    """Each later round has this many times the updates of the one before."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Of the learning rate over the stage."""
     warmup: Fraction = 0.03

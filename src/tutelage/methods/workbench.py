@@ -158,6 +158,8 @@ class Workbench:
             lr=train.lr if train.lr is not None else default,
             batch_size=train.batch_size,
             epochs=train.epochs,
+            updates=train.updates,
+            updates_growth=train.updates_growth,
             schedule=train.schedule,
             warmup=train.warmup,
             max_grad_norm=train.max_grad_norm,

@@ -5,7 +5,7 @@ from tutelage.sources.beside import Beside
 from tutelage.sources.drawn import Drawn
 from tutelage.sources.hinted import Hinted
 from tutelage.sources.judged import Judged
-from tutelage.sources.mixed import Mixed
+from tutelage.sources.mixed import Mixed, Pooled
 from tutelage.sources.paths import Paths
 from tutelage.sources.recorded import Recorded
 from tutelage.sources.refill import Refilled
@@ -22,6 +22,7 @@ __all__ = [
     "Keep",
     "Mixed",
     "Paths",
+    "Pooled",
     "Recorded",
     "Refilled",
     "Replay",

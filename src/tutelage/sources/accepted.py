@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tutelage.errors import ConfigError
+from tutelage.sources.edit_distance import edit_distance
 from tutelage.types import Draw, DrawContext, Group, Source, Trajectory, seed_for
 
 Budget = Callable[[DrawContext, Group], int]
@@ -30,8 +31,9 @@ class Keep:
     """Keep only the highest-scoring this many of a prompt (RAFT: 1)."""
     cap: int | None = None
     """Keep at most this many of a prompt."""
-    order: Literal["shortest", "sampled"] = "shortest"
-    """Which come first where a rule must choose: the shortest, or as they were sampled."""
+    order: Literal["shortest", "sampled", "farthest"] = "shortest"
+    """Which come first where a rule must choose: the shortest, or as they were sampled. farthest: as sampled, but of
+    two that are the same by `distinct` the one whose text is farther from the other kept ones (RFT)."""
     random_budget: bool = False
     """The control arm: keep as many as the rules would (or a budget says), chosen at random among all samples of the
     prompt."""
@@ -97,7 +99,9 @@ def keep_marks(group: Group, keep: Keep) -> list[str | None]:
         return [m or "all correct" for m in marks]
     left = _in_order([i for i, m in enumerate(marks) if m is None], ts, keep)
     if keep.distinct:
-        left = _mark_after_first(left, marks, lambda i: _same(ts[i], keep.distinct), "duplicate")
+        same = {i: same_as(ts[i], keep.distinct) for i in left}
+        pick = _farthest(left, same, ts) if keep.order == "farthest" else None
+        left = _mark_after_first(left, marks, same, "duplicate", pick)
     if keep.best_of is not None:
         left.sort(key=lambda i: -_score(ts[i]))  # stable: ties stay in order
         left = _mark_rest(left, marks, keep.best_of, "not best")
@@ -122,7 +126,8 @@ def _score(t: Trajectory) -> float:
     return t.verdict.score if t.verdict is not None and t.verdict.score is not None else 0.0
 
 
-def _same(t: Trajectory, kind: str | None) -> str:
+def same_as(t: Trajectory, kind: str | None) -> str:
+    """What distinctness compares: the verdict's key, or the text where there is none."""
     key = t.verdict.key if t.verdict is not None else None
     return key if kind == "key" and key is not None else t.completion.strip()
 
@@ -131,16 +136,33 @@ def _in_order(indices: list[int], ts: Sequence[Trajectory], keep: Keep) -> list[
     return sorted(indices, key=lambda i: ts[i].num_sampled) if keep.order == "shortest" else indices
 
 
-def _mark_after_first(indices: list[int], marks: list[str | None], key: Callable[[int], str], mark: str) -> list[int]:
-    seen: set[str] = set()
-    left = []
+def _mark_after_first(
+    indices: list[int], marks: list[str | None], same: Mapping[int, str], mark: str, pick: Mapping[str, int] | None
+) -> list[int]:
+    """One of each key: the first, or the one picked."""
+    chosen: dict[str, int] = {}
     for i in indices:
-        if (k := key(i)) in seen:
+        chosen.setdefault(same[i], i)
+    kept = set((pick or chosen).values())
+    for i in indices:
+        if i not in kept:
             marks[i] = mark
-        else:
-            seen.add(k)
-            left.append(i)
-    return left
+    return [i for i in indices if i in kept]
+
+
+def _farthest(indices: list[int], same: Mapping[int, str], ts: Sequence[Trajectory]) -> dict[str, int]:
+    """Key -> the one kept: a later one takes the place of an earlier one of its key where the sum of its edit distances
+    to those kept of the other keys is larger."""
+    chosen: dict[str, int] = {}
+    for i in indices:
+        key = same[i]
+        if key in chosen:
+            others = [ts[j].completion for k, j in chosen.items() if k != key]
+            sums = [sum(edit_distance(ts[j].completion, o) for o in others) for j in (chosen[key], i)]
+            if sums[1] <= sums[0]:
+                continue
+        chosen[key] = i
+    return chosen
 
 
 def _mark_rest(indices: list[int], marks: list[str | None], limit: int, mark: str) -> list[int]:

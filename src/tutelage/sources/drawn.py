@@ -1,7 +1,7 @@
 """Trajectories sampled now: by the student (on-policy) or by a teacher (off-policy)."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,9 @@ class Drawn:
             log-probabilities are stored.
         per_round: prompts in a round; None takes every task once.
         chunk_rows: completions in a chunk, about.
+        view: the task as the author is to see it in a round (worked examples before it), or None for as it is. The
+            completion then stands behind the plain task: its context was changed, so it has no behaviour
+            log-probabilities and the draw is off-policy.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Drawn:
         per_round: int | None = None,
         chunk_rows: int = 1024,
         is_shuffled: bool = True,
+        view: Callable[[Task, int], Task | None] | None = None,
     ) -> None:
         if not tasks:
             raise DataError("Drawn needs at least one task to sample, got none: check the task set")
@@ -59,7 +63,7 @@ class Drawn:
         self.params = params or SamplingParams()
         self.per_round = per_round or len(self.tasks)
         self.chunk_prompts = max(1, chunk_rows // n)
-        self.is_shuffled = is_shuffled
+        self.is_shuffled, self.view = is_shuffled, view
         self.position = 0
         """Prompts drawn so far in this stage, over all passes."""
 
@@ -88,7 +92,7 @@ class Drawn:
         return Draw(
             groups=groups,
             author=self.author,
-            is_on_policy=self.author == "student",
+            is_on_policy=self.author == "student" and not any(_is_changed(t) for g in groups for t in g.trajectories),
             stats=_stats(groups, time.perf_counter() - started),
         )
 
@@ -116,9 +120,11 @@ class Drawn:
         assert ctx.sampler is not None  # `draw` has looked
         sampler = ctx.sampler(self.author)
         prompts = {i: ctx.text.render_prompt(tasks[i]) for i in chunk}
+        seen = {i: self.view(tasks[i], ctx.round) if self.view is not None else None for i in chunk}
+        shown = {i: prompts[i] if (v := seen[i]) is None else ctx.text.render_prompt(v) for i in chunk}
         requests = [
             SampleRequest(
-                prompt_ids=tuple(t for span in prompts[i] for t in span.token_ids),
+                prompt_ids=tuple(t for span in shown[i] for t in span.token_ids),
                 n=self.n,
                 seed=seed_for(ctx.seed, ctx.stage, ctx.round, base + i),
             )
@@ -132,6 +138,8 @@ class Drawn:
                 t = make_trajectory(
                     ctx.text, tasks[i], prompts[i], completion, sampler, self.params, trajectory_id=name
                 )
+                if seen[i] is not None:
+                    t = moved_behind_another_prompt(t)
                 out.append(replace(t, prompt_index=i, sample_index=j))
         return out
 
@@ -140,6 +148,15 @@ class Drawn:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.position = int(state["position"])
+
+
+def moved_behind_another_prompt(t: Trajectory) -> Trajectory:
+    """Its last span was sampled in another context than it now has: what the sampler reported no longer holds."""
+    return replace(t, spans=(*t.spans[:-1], replace(t.spans[-1], logprobs=None, is_context_exact=False)))
+
+
+def _is_changed(t: Trajectory) -> bool:
+    return bool(t.spans) and not t.spans[-1].is_context_exact
 
 
 def make_trajectory(

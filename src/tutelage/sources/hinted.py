@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from tutelage.data.rounds import RoundStore
-from tutelage.sources.drawn import make_trajectory
+from tutelage.sources.drawn import make_trajectory, moved_behind_another_prompt
 from tutelage.types import (
     Draw,
     DrawContext,
@@ -108,8 +108,7 @@ class Hinted:
                 )
                 made.append(
                     replace(
-                        t,
-                        spans=(*t.spans[:-1], replace(t.spans[-1], logprobs=None, is_context_exact=False)),
+                        moved_behind_another_prompt(t),
                         prompt_index=first.prompt_index,
                         sample_index=len(groups[i].trajectories) + j,
                         marks=(MARK,),

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from tutelage.data.rounds import RoundStore
+from tutelage.sources.accepted import same_as
 from tutelage.types import Draw, DrawContext, Group, Source, Trajectory
 
 REPLAYED = "replayed"
@@ -18,11 +19,14 @@ class Replay:
 
     Args:
         rounds: how many earlier rounds are replayed; None pools all of them.
-        is_distinct: leave out a replayed completion that the same prompt has again.
+        distinct: leave out a replayed completion whose text, or whose verdict's key, the same prompt has again; None
+            leaves out none.
     """
 
-    def __init__(self, source: Source, *, rounds: int | None = None, is_distinct: bool = True) -> None:
-        self.source, self.rounds, self.is_distinct = source, rounds, is_distinct
+    def __init__(
+        self, source: Source, *, rounds: int | None = None, distinct: Literal["text", "key"] | None = "text"
+    ) -> None:
+        self.source, self.rounds, self.distinct = source, rounds, distinct
         self._history: list[list[Group]] = []
         self._num_drawn = 0
 
@@ -36,13 +40,13 @@ class Replay:
             RoundStore(ctx.kept / "replay").commit(self._num_drawn - 1, [t for g in now for t in g.trajectories])
         old = self._history if self.rounds is None else self._history[-self.rounds :] if self.rounds else []
         self._history.append(now)
-        seen = {(g.task.hash, t.completion.strip()) for g in now for t in g.trajectories}
+        seen = {(g.task.hash, same_as(t, self.distinct)) for g in now for t in g.trajectories}
         replayed: list[Group] = []
         for g in (g for past in reversed(old) for g in past):
             ts: list[Trajectory] = []
             for t in g.trajectories:
-                key = (g.task.hash, t.completion.strip())
-                if not (self.is_distinct and key in seen):
+                key = (g.task.hash, same_as(t, self.distinct))
+                if not (self.distinct and key in seen):
                     again = replace(t, prompt_index=len(draw.groups) + len(replayed))
                     ts.append(again.marked(REPLAYED, weight=t.weight))
                     seen.add(key)

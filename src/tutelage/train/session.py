@@ -143,6 +143,7 @@ class Session:
             seed=self.seed,
             stage=self.cursor.stage,
             round=self.cursor.round if continues else 0,
+            turn=self.cursor.round,
             num_rounds=stage.rounds if continues else 1,
         )
 

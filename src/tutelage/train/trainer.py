@@ -34,6 +34,10 @@ class TrainerSettings:
     batch_size: int | None
     """Trajectories per optimiser step; None takes the whole draw in one."""
     epochs: int = 1
+    updates: int | None = None
+    """Updates in the stage's first round, over as many epochs as that takes; None takes whole epochs."""
+    updates_growth: float = 1.0
+    """Each later round has this many times as many."""
     schedule: str = "cosine"
     warmup: float = 0.0
     max_grad_norm: float | None = 1.0
@@ -49,6 +53,8 @@ class Place:
     seed: int
     stage: int
     round: int
+    turn: int = 0
+    """The round itself; `round` stays 0 where every round starts afresh."""
     num_rounds: int
     """Rounds the schedule spans: the stage's where weights continue, 1 where every round starts afresh."""
 
@@ -88,11 +94,17 @@ class Trainer:
     def batches(self, rows: Sequence[TargetRow], settings: TrainerSettings, place: Place) -> list[list[int]]:
         """Row indices of every update of the round: a fresh order each epoch, fixed by (seed, stage, round, epoch)."""
         size = settings.batch_size or max(1, len(rows))
-        out = []
-        for epoch in range(settings.epochs):
+        per_epoch = -(-len(rows) // size)
+        epochs, most = settings.epochs, None
+        if settings.updates is not None and per_epoch:
+            most = round(settings.updates * settings.updates_growth**place.turn)
+            epochs = -(-most // per_epoch)
+        out: list[list[int]] = []
+        for epoch in range(epochs):
             rng = np.random.default_rng(seed_for(place.seed, place.stage, place.round, epoch, "order"))
             order = rng.permutation(len(rows)) if len(rows) > size else np.arange(len(rows))
             out += [order[start : start + size].tolist() for start in range(0, len(rows), size)]
+        out = out[:most]
         is_trained = getattr(rows, "is_trained", None)  # known without making the rows where they lie on disk
         if is_trained is not None:
             return [b for b in out if is_trained[b].any()]

@@ -1,0 +1,81 @@
+"""The ladder's task, made from nothing: chained sums with a scratchpad, an untrained model, and demonstrations.
+
+A question is `3+8-5+9`, an answer works it off from the left: `3+8=11,11-5=6,6+9=15`. The last number counts.
+"""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from tutelage.policies.scratch import save_scratch_model
+
+CHARACTERS = "0123456789+-=,"
+MODEL, DEMONSTRATIONS, QUESTIONS, HELDOUT = "model", "demonstrations.jsonl", "questions.jsonl", "heldout.jsonl"
+
+
+class Sum(NamedTuple):
+    """One question with its worked answer."""
+
+    question: str
+    worked: str
+    answer: str
+
+
+def write_ladder(
+    folder: Path,
+    *,
+    demonstrations: int = 1500,
+    questions: int = 256,
+    heldout: int = 256,
+    terms: tuple[int, int] = (3, 6),
+    layers: int = 3,
+    width: int = 96,
+    seed: int = 0,
+) -> int:
+    """Model, demonstrations, training and held-out questions, no two of them the same. Returns the number of weights.
+
+    Args:
+        terms: fewest and most numbers of a question; demonstrations begin at two.
+    """
+    weights = save_scratch_model(folder / MODEL, characters=CHARACTERS, layers=layers, width=width, seed=seed)
+    rng, seen = Random(seed), set[str]()
+    shown = _sums(rng, demonstrations, (2, terms[1]), seen)
+    _write(
+        folder / DEMONSTRATIONS,
+        [{"prompt": s.question, "completion": s.worked} for s in shown],
+    )
+    for name, count in ((QUESTIONS, questions), (HELDOUT, heldout)):
+        _write(folder / name, [{"question": s.question, "answer": s.answer} for s in _sums(rng, count, terms, seen)])
+    return weights
+
+
+def _sums(rng: Random, count: int, terms: tuple[int, int], seen: set[str]) -> list[Sum]:
+    out: list[Sum] = []
+    while len(out) < count:
+        made = worked_sum(rng, rng.randint(*terms))
+        if made.question not in seen:
+            seen.add(made.question)
+            out.append(made)
+    return out
+
+
+def worked_sum(rng: Random, terms: int) -> Sum:
+    """One-digit numbers added and taken away, never below zero on the way."""
+    while True:
+        numbers = [rng.randint(1, 9) for _ in range(terms)]
+        signs = [rng.choice("+-") for _ in range(terms - 1)]
+        total, steps = numbers[0], []
+        for sign, number in zip(signs, numbers[1:], strict=True):
+            new = total + number if sign == "+" else total - number
+            steps.append(f"{total}{sign}{number}={new}")
+            total = new
+            if total < 0:
+                break
+        else:
+            question = str(numbers[0]) + "".join(f"{s}{n}" for s, n in zip(signs, numbers[1:], strict=True))
+            return Sum(question, ",".join(steps), str(total))
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
