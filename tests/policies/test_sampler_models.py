@@ -146,6 +146,24 @@ def test_an_answer_does_not_depend_on_its_batch_mates(name):
         assert [c.token_ids for c in sampler.sample([request], params)[0]] == [c.token_ids for c in answers]
 
 
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_samples_of_a_group_share_the_work_on_their_prompt(engine):
+    """Tokens that go through the model: each prompt once, and every sampled token but the last of an answer once."""
+    model = tiny_model("llama")
+    sampler = sampler_of(model, engine=engine, max_batch=7)
+    asked = requests(n=8, lengths=(20, 20, 20))  # of one length, so that no padding is counted
+    sampler.sample(asked[:1], SamplingParams(max_new_tokens=1))
+    counted = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: counted.append(args[0].numel()))
+    try:
+        answers = sampler.sample(asked, SamplingParams(max_new_tokens=12))
+    finally:
+        hook.remove()
+    lengths = [len(c.token_ids) for group in answers for c in group]
+    assert min(lengths) < max(lengths)  # rows leave at different steps: none is computed after it has ended
+    assert sum(counted) == 3 * 20 + sum(lengths) - len(lengths)
+
+
 def test_shaped_logprobs_are_those_of_the_shaped_distribution_in_a_full_forward():
     from tutelage.numerics.logprobs import shape_logits
 

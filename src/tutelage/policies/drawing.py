@@ -50,8 +50,8 @@ class Drawn(NamedTuple):
 
 
 _BLOCK = 128
-_CHUNK_ELEMENTS = 1 << 19
-"""Rows are handled in chunks of about this many logits (2 MiB in fp32), so that the passes over them stay in cache."""
+_CHUNK_ELEMENTS = 1 << 18
+"""Rows are handled in chunks of about this many logits (1 MiB in fp32), so that the passes over them stay in cache."""
 
 
 def draw_tokens(logits_AV: Tensor, uniforms_A: Sequence[float], *, temperature: float, top_p: float) -> Drawn:
@@ -89,23 +89,23 @@ def draw_tokens(logits_AV: Tensor, uniforms_A: Sequence[float], *, temperature: 
 
 def _draw_chunk(logits_AV: Tensor, uniforms_A: Sequence[float], temperature: float, top_p: float) -> Drawn:
     scores_AV = logits_AV.float()
-    top_A1, best_A1 = scores_AV.max(-1, keepdim=True)
-    shifted_AV = scores_AV - top_A1
+    shifted_AV = scores_AV - scores_AV.amax(-1, keepdim=True)
     weights_AV = shifted_AV.exp()
-    log_z_A = weights_AV.sum(-1, dtype=torch.float64).log()
-    entropies_A = log_z_A - torch.linalg.vecdot(weights_AV, shifted_AV).double() / log_z_A.exp()
+    blocks_ABK, ends_AB = _blocks(weights_AV)
+    log_z_A = ends_AB[:, -1].log()
+    entropies_A = log_z_A - torch.linalg.vecdot(weights_AV, shifted_AV).double() / ends_AB[:, -1]
     if not torch.isfinite(entropies_A).all():
         entropies_A = _entropies_with_banned_tokens(shifted_AV, weights_AV, log_z_A)
     if temperature == 0:
-        tokens_A, logprobs_A = best_A1[:, 0], -log_z_A
+        tokens_A, logprobs_A = scores_AV.argmax(-1), -log_z_A
     else:
         if temperature != 1 or top_p != 1:
             shaped_AV = shape_logits(scores_AV, temperature=temperature, top_p=top_p)
             shifted_AV = shaped_AV - shaped_AV.amax(-1, keepdim=True)
-            weights_AV = shifted_AV.exp()
+            blocks_ABK, ends_AB = _blocks(shifted_AV.exp())
         u_A = torch.tensor(uniforms_A, dtype=torch.float64, device=logits_AV.device)
-        tokens_A, mass_A = invert(weights_AV, u_A)
-        logprobs_A = shifted_AV.gather(1, tokens_A[:, None])[:, 0].double() - mass_A.log()
+        tokens_A = _place(blocks_ABK, ends_AB, u_A)
+        logprobs_A = shifted_AV.gather(1, tokens_A[:, None])[:, 0].double() - ends_AB[:, -1].log()
     return Drawn(tokens_A.tolist(), logprobs_A.tolist(), entropies_A.clamp_min(0).tolist())
 
 
@@ -132,22 +132,31 @@ def invert(weights_AV: Tensor, u_A: Tensor) -> tuple[Tensor, Tensor]:
         weights_AV: (A, V), float32, not negative, with a positive sum. u_A: (A,), float64, in [0, 1).
         returns tokens_A: (A,), int64; mass_A: (A,), float64.
     """
+    blocks_ABK, ends_AB = _blocks(weights_AV)
+    return _place(blocks_ABK, ends_AB, u_A), ends_AB[:, -1]
+
+
+def _blocks(weights_AV: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights in blocks, and the float64 running sum at the end of each; the last one is the total."""
     num_rows, width = weights_AV.shape
     padding = -width % _BLOCK
     if padding:
         weights_AV = torch.nn.functional.pad(weights_AV, (0, padding))
     blocks_ABK = weights_AV.view(num_rows, -1, _BLOCK)
-    ends_AB = blocks_ABK.sum(-1).double().cumsum(-1)
+    return blocks_ABK, blocks_ABK.sum(-1).double().cumsum(-1)
+
+
+def _place(blocks_ABK: Tensor, ends_AB: Tensor, u_A: Tensor) -> Tensor:
     total_A = ends_AB[:, -1]
     # The first place whose running sum exceeds the goal has weight, if the goal stays below the last sum: u is below 1,
     # but u times the total may round up to it, and float32 block sums may lie above their block's own running sum.
     goal_A1 = _below(u_A * total_A, total_A)[:, None]
     block_A1 = torch.searchsorted(ends_AB, goal_A1, right=True)
     before_A1 = torch.where(block_A1 > 0, ends_AB.gather(1, (block_A1 - 1).clamp_min(0)), 0.0)
-    rows_A = torch.arange(num_rows, device=weights_AV.device)
+    rows_A = torch.arange(len(blocks_ABK), device=blocks_ABK.device)
     inside_AK = blocks_ABK[rows_A, block_A1[:, 0]].double().cumsum(-1)
     place_A1 = torch.searchsorted(inside_AK, _below(goal_A1 - before_A1, inside_AK[:, -1:]), right=True)
-    return (block_A1 * _BLOCK + place_A1)[:, 0], total_A
+    return (block_A1 * _BLOCK + place_A1)[:, 0]
 
 
 def _below(goal: Tensor, end: Tensor) -> Tensor:
