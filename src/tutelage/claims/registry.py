@@ -6,19 +6,19 @@ from tutelage.claims.base import Claim
 from tutelage.errors import ConfigError
 
 CLAIMS: tuple[str, ...] = (
-    # "one_objective",  # 1
+    "one_objective",  # 1
     "compounding",  # 2
     "overwriting",  # 3
     "small_models",  # 4
     # "off_policy_distillation",  # 5
     # "on_policy_distillation",  # 6
     # "distillation_compute",  # 7
-    # "first_order",  # 8
-    # "entropy_collapse",  # 9
-    # "same_reward_groups",  # 10
-    # "graduation",  # 11
+    "first_order",  # 8
+    "entropy_collapse",  # 9
+    "same_reward_groups",  # 10
+    "graduation",  # 11
     # "r1_plan",  # 12
-    # "distinct_paths",  # 13
+    "distinct_paths",  # 13
 )
 """Each is a module `tutelage.claims.NAME` with a `CLAIM`."""
 
