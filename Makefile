@@ -6,7 +6,7 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-peer check format golden kill-test vllm-env bench clean
+.PHONY: setup demo demo-ladder test test-slow test-peer check format golden kill-test vllm-env bench clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/tutelage demo
+
+demo-ladder: setup
+	$(BIN)/tutelage demo ladder
 
 test: setup
 	$(BIN)/pytest -n $(WORKERS)

@@ -13,6 +13,64 @@ from test_job import job, rejection
 torch.set_num_threads(1)
 
 
+VERL: dict[str, Any] = {
+    "data": {
+        "train_files": str,
+        "val_files": str,
+        "prompt_key": str,
+        "train_batch_size": int,
+        "max_response_length": int,
+    },
+    "actor_rollout_ref": {
+        "model": {"path": str},
+        "actor": {
+            "optim": {"lr": float},
+            "ppo_mini_batch_size": int,
+            "use_kl_loss": bool,
+            "loss_agg_mode": str,
+            "clip_ratio": float,
+        },
+        "rollout": {"n": int, "temperature": float, "top_p": (int, float)},
+    },
+    "algorithm": {"adv_estimator": str, "use_kl_in_reward": bool},
+    "reward": {"custom_reward_function": {"path": (str, type(None)), "name": str}},
+    "trainer": {"nnodes": int, "n_gpus_per_node": int, "logger": list},
+}
+"""Names and kinds in verl 0.9.1's config that the handover sets; the peer test below reads them from verl itself."""
+
+
+def unknown_to(schema: Any, config: Any, path: str = "") -> list[str]:
+    """Keys of a config that the schema has not, or whose values are of another kind."""
+    if isinstance(schema, dict):
+        if not isinstance(config, dict):
+            return [path]
+        found = [unknown_to(schema[k], v, f"{path}.{k}") if k in schema else [f"{path}.{k}"] for k, v in config.items()]
+        return [f for part in found for f in part]
+    return [] if isinstance(config, schema) else [path]
+
+
+@pytest.mark.peer
+def test_verl_has_every_key_that_the_handover_sets(tmp_path: Path, tiny_folder: Path) -> None:
+    """Against the flattened trainer config inside the installed verl (`pip install --no-deps verl` is enough)."""
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("verl is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "trainer" / "config" / "_generated_ppo_trainer.yaml"
+    reference = yaml.safe_load(path.read_text())
+    ours = yaml.safe_load((exported(tmp_path, tiny_folder) / "verl.yaml").read_text())
+    assert unknown_to(VERL, ours) == []
+
+    def check(known: Any, theirs: Any, where: str) -> None:
+        for key, value in known.items():
+            assert key in theirs, f"verl's config has no {where}{key}"
+            if isinstance(value, dict):
+                check(value, theirs[key], f"{where}{key}.")
+            else:
+                assert isinstance(theirs[key], value), f"{where}{key} is {theirs[key]!r} in verl"
+
+    check(VERL, reference, "")
+
+
 def exported(folder: Path, model: Path) -> Path:
     settings = rejection(folder, model, method="rejection_sampling", gate=False, evaluation=None, then="export")
     job({**settings, "rounds": 1})()
@@ -41,6 +99,10 @@ def test_the_handover_loads_and_trains_in_trl_and_rewards_as_the_verifier(tmp_pa
         assert module.compute_score(row["data_source"], text, **known) == want
     verl = yaml.safe_load((folder / "verl.yaml").read_text())
     assert verl["algorithm"]["adv_estimator"] == "grpo"
+    assert verl["data"]["train_batch_size"] == verl["actor_rollout_ref"]["actor"]["ppo_mini_batch_size"] == 9
+    held = [json.loads(line) for line in (folder / verl["data"]["val_files"]).read_text().splitlines()]
+    assert len(held) == 3 and not {r["task"] for r in held} & {r["task"] for r in rows}
+    assert unknown_to(VERL, verl) == []
     assert (folder / verl["actor_rollout_ref"]["model"]["path"] / "model.safetensors").exists()
 
 

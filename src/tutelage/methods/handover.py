@@ -66,7 +66,8 @@ def rl_settings(settings: Any) -> Any:
 
 
 def export_handover(config: "RunConfig", root: Path, bench: "Workbench") -> Path | None:
-    """RUN/handover for the last stage with `then: export`: prompts, reward, and a config each for TRL and verl.
+    """RUN/handover for the last stage with `then: export`: prompts, held-out prompts, reward, and a config each for TRL
+    and verl (0.9).
 
     The model is RUN/model, which is the checkpoint that graduation chose.
     """
@@ -75,8 +76,10 @@ def export_handover(config: "RunConfig", root: Path, bench: "Workbench") -> Path
         return None
     folder = root / "handover"
     folder.mkdir(exist_ok=True)
-    rows = [prompt_row(task, bench.config.model.system_prompt) for task in bench.train_tasks(stage.tasks)]
-    write_atomically(folder / "prompts.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    train, heldout = bench.train_tasks(stage.tasks), bench.heldout_tasks(stage.tasks)
+    for name, tasks in (("prompts.jsonl", train), ("heldout.jsonl", heldout)):
+        rows = [prompt_row(task, bench.config.model.system_prompt) for task in tasks]
+        write_atomically(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     kind, options = bench.verifier_options(stage.verifier)
     body = {"kind": kind, "options": options, "root": str(bench.folder.resolve())}
     write_atomically(folder / "verifier.json", json.dumps(body, indent=1))
@@ -99,23 +102,41 @@ def export_handover(config: "RunConfig", root: Path, bench: "Workbench") -> Path
             "mask_truncated_completions": True,
         },
     }
-    verl = {
+    write_atomically(folder / "trl_grpo.yaml", yaml.safe_dump(trl, sort_keys=False))
+    verl = _verl(rollout, lr, num_prompts=len(train), has_heldout=bool(heldout))
+    write_atomically(folder / "verl.yaml", yaml.safe_dump(verl, sort_keys=False))
+    return folder
+
+
+def _verl(rollout: Any, lr: float, *, num_prompts: int, has_heldout: bool) -> dict[str, Any]:
+    """Overrides of verl's PPO trainer config, in the form of verl 0.9: the reward function stands under `reward`.
+
+    A batch is no larger than the prompts there are, since verl drops a last smaller one.
+    """
+    batch = min(256, num_prompts)
+    return {
         "data": {
             "train_files": "prompts.jsonl",
+            "val_files": "heldout.jsonl" if has_heldout else "prompts.jsonl",
             "prompt_key": "prompt",
+            "train_batch_size": batch,
             "max_response_length": rollout.max_new_tokens,
         },
         "actor_rollout_ref": {
             "model": {"path": "../model"},
-            "actor": {"optim": {"lr": lr}, "use_kl_loss": False, "loss_agg_mode": "token-mean", "clip_ratio": 0.2},
+            "actor": {
+                "optim": {"lr": lr},
+                "ppo_mini_batch_size": batch,
+                "use_kl_loss": False,
+                "loss_agg_mode": "token-mean",
+                "clip_ratio": 0.2,
+            },
             "rollout": {"n": max(2, rollout.n), "temperature": rollout.temperature, "top_p": rollout.top_p},
         },
         "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False},
-        "custom_reward_function": {"path": "reward.py", "name": "compute_score"},
+        "reward": {"custom_reward_function": {"path": "reward.py", "name": "compute_score"}},
+        "trainer": {"nnodes": 1, "n_gpus_per_node": 1, "logger": ["console"]},
     }
-    write_atomically(folder / "trl_grpo.yaml", yaml.safe_dump(trl, sort_keys=False))
-    write_atomically(folder / "verl.yaml", yaml.safe_dump(verl, sort_keys=False))
-    return folder
 
 
 def prompt_row(task: Task, system: str | None = None) -> dict[str, Any]:
