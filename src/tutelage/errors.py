@@ -65,6 +65,11 @@ class VerifierError(TutelageError, ValueError):
 class SamplerError(TutelageError, RuntimeError):
     """A sampler, or the server behind it, could not answer after its retries."""
 
+    def __init__(self, message: str, *, is_everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.is_everywhere = is_everywhere
+        """True where every process of the run raises it."""
+
 
 class CheckpointError(TutelageError, RuntimeError):
     """Saved state is missing, damaged, or belongs to another run."""

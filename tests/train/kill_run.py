@@ -1,6 +1,6 @@
 """Kill a run at a chosen instant, resume it, and compare it with one that was never killed.
 
-    python tests/train/kill_run.py --kills 200
+    python tests/train/kill_run.py --kills 200 [--kind distillation]
 
 kills 200 runs at random instants (SIGKILL before a random call of a random one of `POINTS`), resumes each, and prints
 how many came back with bit-identical weights, metrics (times apart), trajectories and evaluations. One line a run.
@@ -28,6 +28,10 @@ POINTS = {
     "committing a chunk": ("tutelage.data.rounds", "write_shard"),
     "judging": ("tutelage.sources.judged", "Judged._judge"),
     "keeping": ("tutelage.sources.accepted", "keep_marks"),
+    "scoring": ("tutelage.train.trainer", "Trainer.score"),
+    "asking the teacher": ("tutelage.policies.teachers", "InProcessTeacher.hidden"),
+    "moving the teacher": ("tutelage.policies.teachers", "AveragedTeacher.after_step"),
+    "saving the teacher": ("tutelage.policies.teachers", "AveragedTeacher.save"),
     "training": ("tutelage.train.trainer", "Trainer.step"),
     "rounding the masters": ("tutelage.train.optim", "Optimizer._publish"),
     "logging": ("tutelage.train.run_directory", "JsonLines.write"),
@@ -41,14 +45,27 @@ POINTS = {
 }
 """Instants by name: just before a call of this function."""
 
+KINDS: dict[str, dict[str, Any]] = {
+    "rejection_sampling": {},
+    "distillation": {
+        "method": "distill_on_policy",
+        "teacher": {"name": "average", "decay": 0.5},
+        "divergence": {"kind": "jsd", "alpha": 0.5},
+        "train": {"lr": 1e-3, "batch_size": 18},
+        "keep": None,
+    },
+    "rl": {"method": "grpo", "kl_to_base": 0.1, "train": {"lr": 1e-3, "batch_size": 18}, "gate": True, "keep": None},
+}
+"""What differs from a run of rejection sampling. None: no such setting."""
 
-def settings(folder: Path, model: Path, run: str) -> dict[str, Any]:
+
+def settings(folder: Path, model: Path, run: str, kind: str = "rejection_sampling") -> dict[str, Any]:
     """A run with every part in it: two rounds, three chunks each, checkpoints within rounds, evaluations."""
     (folder / "q.jsonl").write_text(
         "".join(json.dumps({"question": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(12))
     )
     (folder / "judge.py").write_text("def judge(task, completion, trajectory):\n    return len(completion) % 2 == 0\n")
-    return {
+    body = {
         "method": "rejection_sampling",
         "run_dir": str(folder / run),
         "model": {"name": str(model), "precision": "bfloat16"},
@@ -67,10 +84,12 @@ def settings(folder: Path, model: Path, run: str) -> dict[str, Any]:
         "saving": {"every_steps": 2, "keep": 2},
         "evaluation": {"n": 2, "ks": [1, 2], "controls": False},
         "rounds": 2,
+        **KINDS[kind],
     }
+    return {k: v for k, v in body.items() if v is not None}
 
 
-def run(folder: Path, model: Path, name: str) -> None:
+def run(folder: Path, model: Path, name: str, kind: str) -> None:
     """Start the run, or resume it where it was started before."""
     from tutelage.methods.config import load_config
     from tutelage.methods.job import Job, config_of
@@ -79,7 +98,7 @@ def run(folder: Path, model: Path, name: str) -> None:
         config, place = config_of(folder / name)
         Job(config, place, is_resume=True)()
     else:
-        config, place = load_config(settings(folder, model, name))
+        config, place = load_config(settings(folder, model, name, kind))
         Job(config, place)()
 
 
@@ -120,7 +139,7 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def killed(folder: Path, model: Path, name: str, point: str, call: int) -> bool:
+def killed(folder: Path, model: Path, name: str, point: str, call: int, kind: str = "rejection_sampling") -> bool:
     """Run until just before the point's call number `call` (from 1), then SIGKILL. False if it ended before that."""
 
     def work() -> None:
@@ -132,25 +151,25 @@ def killed(folder: Path, model: Path, name: str, point: str, call: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         wrap(point, before)
-        run(folder, model, name)
+        run(folder, model, name, kind)
 
     status = in_child(work)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-def completed(folder: Path, model: Path, name: str) -> bool:
+def completed(folder: Path, model: Path, name: str, kind: str = "rejection_sampling") -> bool:
     """Start or resume, and go to the end."""
-    return in_child(lambda: run(folder, model, name)) == 0
+    return in_child(lambda: run(folder, model, name, kind)) == 0
 
 
-def counted(folder: Path, model: Path, name: str) -> dict[str, int]:
+def counted(folder: Path, model: Path, name: str, kind: str = "rejection_sampling") -> dict[str, int]:
     """How often each point is called in a run that is never killed."""
 
     def work() -> None:
         counts: Counter[str] = Counter()
         for point in POINTS:
             wrap(point, lambda point=point: counts.update([point]))  # type: ignore[misc]
-        run(folder, model, name)
+        run(folder, model, name, kind)
         (folder / "counts.json").write_text(json.dumps(counts))
 
     assert in_child(work) == 0, "the run that is never killed failed"
@@ -191,19 +210,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(KINDS), default="rejection_sampling")
     options = parser.parse_args()
     from tutelage.testing.tiny import save_tiny
 
     folder = Path(tempfile.mkdtemp(prefix="kill-run-"))
     model = save_tiny(folder / "model")
-    counts = counted(folder, model, "whole")
+    counts = counted(folder, model, "whole", options.kind)
     instants = [(p, i) for p, n in counts.items() for i in range(1, n + 1)]
     rng = random.Random(options.seed)
     same = 0
     for k in range(options.kills):
         point, call = rng.choice(instants)
-        died = killed(folder, model, "cut", point, call)
-        ended = completed(folder, model, "cut")
+        died = killed(folder, model, "cut", point, call, options.kind)
+        ended = completed(folder, model, "cut", options.kind)
         found = differences(folder / "whole", folder / "cut") if ended else ["did not finish"]
         same += not found
         print(f"{k + 1:4d}  before call {call} of {point}{'' if died else ' (ran to its end)'}: {found or 'identical'}")

@@ -43,3 +43,22 @@ def test_killed_twice(whole: Path, tiny_folder: Path) -> None:
     assert kill_run.killed(whole, tiny_folder, "twice", "naming a checkpoint", 1)
     assert kill_run.completed(whole, tiny_folder, "twice")
     assert kill_run.differences(whole / "whole", whole / "twice") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "points"),
+    [
+        ("distillation", [("sampling", 20), ("moving the teacher", 2), ("saving the teacher", 1)]),
+        ("rl", [("judging", 2), ("scoring", 2), ("training", 3)]),
+    ],
+    ids=["distillation", "rl"],
+)
+def test_killed_distillation_and_rl_resume_to_the_same_bits(
+    tmp_path: Path, tiny_folder: Path, kind: str, points: list[tuple[str, int]]
+) -> None:
+    """With a teacher that moves with the student and has weights of its own; with a baseline, a gate and a base."""
+    assert kill_run.completed(tmp_path, tiny_folder, "whole", kind)
+    for point, call in points:
+        assert kill_run.killed(tmp_path, tiny_folder, point, point, call, kind), f"it ended before {point} {call}"
+        assert kill_run.completed(tmp_path, tiny_folder, point, kind)
+        assert kill_run.differences(tmp_path / "whole", tmp_path / point) == [], point

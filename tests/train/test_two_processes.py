@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tutelage.data.store import TrajectoryStore
 
@@ -41,12 +42,15 @@ def settings(folder: Path, model: Path, run: str) -> Path:
     return path
 
 
-def start(processes: int, *arguments: str) -> subprocess.Popen:
+def launcher(processes: int) -> list[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tutelage", *arguments]
+    return ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+
+
+def start(processes: int, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, *(launcher(processes) if processes > 1 else []), "-m", "tutelage", *arguments]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -62,35 +66,84 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def kill_in_round(process: subprocess.Popen, run: Path, number: int) -> None:
+    """SIGKILL to every process of a run that has begun to draw that round."""
+    folder = run / "work" / f"stage0-round{number}"
+    deadline = time.monotonic() + 200
+    while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    agent = psutil.Process(process.pid)
+    for each in [*agent.children(recursive=True), agent]:  # its workers are in sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.communicate()
+    assert not (run / "result.json").exists()
+
+
+def assert_same_run(reference: Path, other: Path) -> None:
+    """The same steps, prompts and completions, and the same model within what the order of additions leaves."""
+    want, got = metrics(reference), metrics(other)
+    assert [m["data/num_targets"] for m in got] == [m["data/num_targets"] for m in want]
+    for name in ("train/loss", "train/grad_norm"):
+        assert [m[name] for m in got] == pytest.approx([m[name] for m in want], rel=1e-5)
+    first, again = (list(TrajectoryStore(r / "trajectories")) for r in (reference, other))
+    assert [(t.id, t.task_id, t.token_ids) for t in again] == [(t.id, t.task_id, t.token_ids) for t in first]
+    a, b = (load_file(r / "model" / "model.safetensors") for r in (reference, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def resolved(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / "config.yaml").read_text())["resolved"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    assert finish(start(1, "train", str(settings(folder, tiny_folder, "one")))) == 0
+    return folder / "one"
+
+
 @pytest.mark.timeout(600)
-def test_two_processes_make_the_steps_of_one_and_either_resumes_the_other(tmp_path: Path, tiny_folder: Path) -> None:
-    one = start(1, "train", str(settings(tmp_path, tiny_folder, "one")))
-    assert finish(one) == 0
+def test_two_processes_make_the_steps_of_one_and_either_resumes_the_other(
+    one: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
     two = start(2, "train", str(settings(tmp_path, tiny_folder, "two")))
     assert finish(two) == 0
+    assert resolved(tmp_path / "two")["processes"] == 2
     cut = start(2, "train", str(settings(tmp_path, tiny_folder, "cut")))
-    second_round = tmp_path / "cut" / "work" / "stage0-round1"
-    deadline = time.monotonic() + 200
-    while not second_round.exists() and cut.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    launcher = psutil.Process(cut.pid)
-    for process in [*launcher.children(recursive=True), launcher]:  # its workers are in sessions of their own
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    cut.communicate()
-    assert not (tmp_path / "cut" / "result.json").exists()
+    kill_in_round(cut, tmp_path / "cut", 1)
     assert finish(start(1, "resume", str(tmp_path / "cut"))) == 0
-
-    reference = metrics(tmp_path / "one")
-    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["resolved"]["processes"] == 2
-    first = list(TrajectoryStore(tmp_path / "one" / "trajectories"))
     for run in ("two", "cut"):
-        other = metrics(tmp_path / run)
-        assert [m["data/num_targets"] for m in other] == [m["data/num_targets"] for m in reference]
-        for name in ("train/loss", "train/grad_norm"):
-            assert [m[name] for m in other] == pytest.approx([m[name] for m in reference], rel=1e-5)
-        again = list(TrajectoryStore(tmp_path / run / "trajectories"))
-        assert [(t.id, t.task_id, t.token_ids) for t in again] == [(t.id, t.task_id, t.token_ids) for t in first]
-        a, b = (load_file(tmp_path / r / "model" / "model.safetensors") for r in ("one", run))
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+        assert_same_run(one, tmp_path / run)
+
+
+@pytest.mark.timeout(600)
+def test_sharded_weights_make_the_steps_of_one_and_are_resumed_whole(
+    one: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """FSDP2: killed in the second round under two processes, resumed by one; what it saves loads as it is."""
+    path = settings(tmp_path, tiny_folder, "sharded")
+    cut = start(2, "train", str(path), "distributed.sharding=full")
+    kill_in_round(cut, tmp_path / "sharded", 1)
+    assert resolved(tmp_path / "sharded")["sharding"] == "full"
+    saved = sorted((tmp_path / "sharded" / "checkpoints").glob("step-*"))[-1] / "model"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.dtype == torch.float32 and type(model).__name__ == "LlamaForCausalLM"
+    assert finish(start(1, "resume", str(tmp_path / "sharded"))) == 0
+    assert_same_run(one, tmp_path / "sharded")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_one_process_is_resumed_by_sharded_ones(tmp_path: Path, tiny_folder: Path, lora: bool) -> None:
+    more = ["model.lora.r=4", "model.lora.alpha=8"] if lora else []
+    path = settings(tmp_path, tiny_folder, "whole")
+    assert finish(start(1, "train", str(path), *more)) == 0
+    path = settings(tmp_path, tiny_folder, "cut")
+    kill_in_round(start(1, "train", str(path), "distributed.sharding=full", *more), tmp_path / "cut", 1)
+    assert finish(start(2, "resume", str(tmp_path / "cut"))) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")

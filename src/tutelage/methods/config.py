@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from tutelage.errors import ConfigError
 from tutelage.methods import METHODS
 from tutelage.methods.settings import (
+    DistributedSettings,
     EvaluationSettings,
     ModelSettings,
     SavingSettings,
@@ -63,6 +64,7 @@ class RunConfig(Settings):
     system: SystemSettings = Field(default_factory=SystemSettings)
     match_budget: Literal["random"] | None = None
     """random: afterwards the same run again on as many random completions, as a control arm."""
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
     max_logprob_gap: float | None = 0.5
     """Largest mean difference (nats) between sampler's and trainer's log-probabilities before the run stops."""
     stages: tuple[Any, ...] = ()

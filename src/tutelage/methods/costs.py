@@ -4,7 +4,9 @@ from typing import Any
 
 from tutelage.errors import ConfigError
 from tutelage.methods.grading import MIXED, teachers_of
+from tutelage.methods.teacher_settings import TeacherSettings
 from tutelage.methods.workbench import Workbench
+from tutelage.policies.load import resolve_model
 from tutelage.train.costs import RunLedger
 from tutelage.train.ledger import ModelCost, cost_of
 
@@ -21,8 +23,7 @@ def run_ledger(bench: Workbench) -> RunLedger | None:
                     continue
                 is_own = teacher.name == "self" or teacher.is_own_average
                 if not is_own:
-                    policy = bench.teacher_policy(teacher.name, teacher.precision, teacher.quantise)
-                    authors[teacher.name] = cost_of(policy.causal_model)
+                    authors[teacher.name] = _teacher_cost(bench, teacher)
                 if getattr(settings, "divergence", None) is not None:
                     counted.append((bench.teacher(teacher), student if is_own else authors[teacher.name]))
             if getattr(settings, "teacher_mix", 0.0) > 0:
@@ -35,6 +36,14 @@ def run_ledger(bench: Workbench) -> RunLedger | None:
     for who, cost in counted:
         who.on_scored = ledger.counter(cost)
     return ledger
+
+
+def _teacher_cost(bench: Workbench, teacher: TeacherSettings) -> ModelCost:
+    if teacher.url is None:
+        return cost_of(bench.teacher_policy(teacher.name, teacher.precision, teacher.quantise).causal_model)
+    from transformers import AutoConfig
+
+    return cost_of(AutoConfig.from_pretrained(resolve_model(bench.beside(teacher.name))[0]))
 
 
 def _student_cost(bench: Workbench) -> ModelCost:

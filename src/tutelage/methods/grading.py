@@ -8,6 +8,7 @@ from tutelage.data.logit_cache import LogitCache
 from tutelage.errors import ConfigError
 from tutelage.evals import EvalResult, evaluate
 from tutelage.evals.teacher_check import TeacherReport, check_teacher
+from tutelage.methods.servers import addresses, servers_of
 from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
 from tutelage.policies.load import resolve_model
 from tutelage.policies.teacher_mixed import TeacherMixedSampler
@@ -15,9 +16,11 @@ from tutelage.policies.teachers import (
     AveragedTeacher,
     InProcessTeacher,
     SelfTeacher,
+    ServedTeacher,
     check_stop_ids,
     check_vocabulary,
 )
+from tutelage.policies.vllm_server import VLLMScorer
 from tutelage.signals import HintedPrompt, MiniLLM, SampledLogRatio, TeacherDistribution, with_hint, with_system
 from tutelage.signals.routing import ANY, View
 from tutelage.text import ChatText
@@ -40,6 +43,13 @@ def make_teacher(bench: "Workbench", settings: TeacherSettings) -> Any:
     width = bench.policy.output_layer.weight_VD.shape[0]
     if settings.cache is not None:
         return LogitCache(bench.path(settings.cache), tokenizer=bench.text.fingerprint, vocab_size=width)
+    if settings.url is not None:
+        return _served(bench, settings, width)
+    if settings.name in ("self", "average") and bench.student.is_sharded:
+        raise ConfigError(
+            f"teacher.name={settings.name} reads the student's weights while it is trained, which no process has "
+            "whole under distributed.sharding=full: set distributed.sharding=none, or name another teacher"
+        )
     if settings.name == "self":
         return SelfTeacher(bench.policy, processes=bench.processes)
     if settings.is_own_average:
@@ -50,6 +60,19 @@ def make_teacher(bench: "Workbench", settings: TeacherSettings) -> Any:
     shared = check_vocabulary(bench.text, text, student_width=width, teacher_width=teacher_width)
     check_stop_ids(bench.text.stop_ids, text.stop_ids)
     return InProcessTeacher(policy, name=settings.name, vocab_size=shared, processes=bench.processes)
+
+
+def _served(bench: "Workbench", settings: TeacherSettings, width: int) -> ServedTeacher:
+    """A teacher behind vLLM servers; the name says whose tokenizer and vocabulary it has."""
+    from transformers import AutoConfig
+
+    path = resolve_model(bench.beside(settings.name))[0]
+    text = ChatText.from_pretrained(path)
+    teacher_width = int(AutoConfig.from_pretrained(path).get_text_config().vocab_size)
+    shared = check_vocabulary(bench.text, text, student_width=width, teacher_width=teacher_width)
+    check_stop_ids(bench.text.stop_ids, text.stop_ids)
+    scorer = VLLMScorer(servers_of(addresses(settings.url), settings.server), workers=settings.server.requests)
+    return ServedTeacher(scorer, vocab_size=shared, name=settings.name, processes=bench.processes)
 
 
 def teacher_signal(
@@ -63,6 +86,9 @@ def teacher_signal(
     who: Any = bench.teacher(teacher)
     if teacher.by_task:
         who = {**{task: bench.teacher(t) for task, t in teacher.by_task.items()}, ANY: who}
+    for each in who.values() if isinstance(who, dict) else [who]:
+        if isinstance(each, ServedTeacher) and d.top_k is not None:
+            each.k = d.top_k
     view = _view(bench, teacher)
     if d.kind == "sampled_reverse_kl":
         clip = (d.clip, d.clip) if d.clip else None
@@ -120,8 +146,10 @@ def _view(bench: "Workbench", teacher: TeacherSettings) -> View | None:
 def mixed_sampler(bench: "Workbench") -> TeacherMixedSampler:
     """Samples every token from share · teacher + (1 - share) · student, for the stage that asks for it."""
     stage = next(s for s in bench.config.stages if getattr(s, "teacher_mix", 0.0) > 0)
+    if bench.rollouts.is_served:
+        raise ConfigError("teacher_mix samples with both models in this process: set rollout.engine=inprocess")
     return TeacherMixedSampler(
-        bench.policy.model,
+        bench.student.plain.model,
         bench.teacher_policy(stage.teacher.name, stage.teacher.precision, stage.teacher.quantise).model,
         share=stage.teacher_mix,
         stop_ids=bench.text.stop_ids,
@@ -177,10 +205,10 @@ def check_one(
         progress=progress,
     )
     bench.policy.use_plain_attention()
-    has_logits = teacher.cache is None and change is None
+    has_logits = teacher.cache is None and teacher.url is None and change is None
     own = only(student, {t.id for t in tasks})
     return check_teacher(
-        SelfTeacher(bench.policy) if has_logits else None,
+        SelfTeacher(bench.student.plain) if has_logits else None,
         bench.teacher(teacher) if has_logits else None,
         student_result=own,
         teacher_result=taught,

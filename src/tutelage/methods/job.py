@@ -136,12 +136,20 @@ class Job:
         if self.is_resume:
             self.run.log_event("resumed", {"from_checkpoint": resumed, "step": session.cursor.total_steps})
         self._timed("plan", lambda: run_plan(stages, session))
+        self._timed("save", self._save_final)
         if self.processes.is_first:
-            self._timed("save", lambda: self.bench.save_final(self.root / "model"))
             self._timed("hand over", lambda: export_handover(self.config, self.root, self.bench))
         self.processes.wait()
         after = self._evaluation("after", measuring) if measuring is not None else None
         return self._result(session, before, after, controls)
+
+    def _save_final(self) -> None:
+        student = self.bench.student
+        if self.config.model.lora:
+            student.refresh()
+        with student.gathered():
+            if self.processes.is_first:
+                student.save_final(self.root / "model")
 
     def build_plan(self) -> list[Stage]:
         """The config's stages as sources and signals."""
@@ -171,6 +179,7 @@ class Job:
             "device": self.bench.device,
             "threads": torch.get_num_threads(),
             "processes": self.processes.count,
+            "sharding": "full" if self.bench.student.is_sharded else "none",
             "config_folder": str(self.folder),
             "plan": describe(stages),
         }
@@ -235,6 +244,7 @@ class Job:
         count = n or settings.n
         params = measuring.params if temperature is None else replace(measuring.params, temperature=temperature)
         tasks = tasks or measuring.tasks
+        self.bench.rollouts.sync(name)
         sampler = self.bench.sampler("student", name)
         started = time.perf_counter()
         result = evaluate(

@@ -216,8 +216,10 @@ def keep_weights(bench: "Workbench", *, count: int = GraduationSettings().last_c
     """Keep the probed weights under RUN/probes, the last few of them: what a graduation hands over is among them."""
     name = f"step-{bench.steps_done():07d}"
     root = Path(bench.config.run_dir) / "probes"
+    with bench.student.gathered():
+        if bench.processes.is_first:
+            bench.save_weights(root / name)
     if bench.processes.is_first:
-        bench.save_weights(root / name)
         for old in sorted(root.glob("step-*"))[:-count]:
             shutil.rmtree(old)
     bench.processes.wait()

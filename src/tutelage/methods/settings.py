@@ -126,6 +126,29 @@ class VerifierSettings(Settings):
     """Run a python verifier that lies outside the folder of the config and outside the current folder."""
 
 
+class ServerSettings(Settings):
+    """How vLLM servers are asked, and started where there is none."""
+
+    requests: Positive = 32
+    """Requests under way at a time, for each server and process."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for one answer."""
+    attempts: Positive = 4
+    """Tries of a request before its server counts as dead."""
+    revive_s: float = Field(60.0, gt=0)
+    """How long a dead server is waited for before the run stops, resumable. One of ours is started again."""
+    api_key_env: str | None = None
+    """Environment variable with the key."""
+    args: tuple[str, ...] = ()
+    """Started here: added to vLLM's command line, e.g. [--tensor-parallel-size, "2"]."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Started here: added to its environment, e.g. {CUDA_VISIBLE_DEVICES: "1"}."""
+    max_model_len: Positive | None = None
+    """Started here: longest prompt plus completion; null is the model's own."""
+    start_s: float = Field(600.0, gt=0)
+    """Started here: longest time until it answers."""
+
+
 class RolloutSettings(Settings):
     """How the student is sampled."""
 
@@ -145,6 +168,17 @@ class RolloutSettings(Settings):
     """Completions decoded together."""
     chunk_rows: Positive = 1024
     """Completions committed together: what a kill can cost."""
+    engine: Literal["inprocess", "vllm"] = "inprocess"
+    """What samples the student: the model in this process, or vLLM servers that get its weights after each round."""
+    url: str | tuple[str, ...] | None = None
+    """vllm: address of the server, or of several; null starts one here."""
+    server: ServerSettings = Field(default_factory=ServerSettings)
+
+    @model_validator(mode="after")
+    def _served(self) -> "RolloutSettings":
+        if self.url is not None and self.engine != "vllm":
+            raise ValueError("rollout.url is set and rollout.engine is inprocess: set rollout.engine=vllm")
+        return self
 
     @model_validator(mode="after")
     def _varied(self) -> "RolloutSettings":
@@ -327,6 +361,14 @@ class SavingSettings(Settings):
     """Make one at least this often."""
     keep: Positive = 2
     """How many are kept."""
+
+
+class DistributedSettings(Settings):
+    """Several processes, started with `accelerate launch` or torchrun."""
+
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """none: each process holds the whole model. full: each holds a part of every weight, gradient and moment (FSDP2).
+    auto: full where `accelerate launch --use_fsdp` started the run, else none."""
 
 
 class SystemSettings(Settings):

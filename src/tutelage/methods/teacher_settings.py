@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.methods.settings import Fraction, Positive, Settings
+from tutelage.methods.settings import Fraction, Positive, ServerSettings, Settings
 
 
 class TeacherSettings(Settings):
@@ -23,6 +23,10 @@ class TeacherSettings(Settings):
     """average: how slowly the average follows."""
     cache: str | None = None
     """A logit cache made with `tutelage teacher cache`, instead of running the teacher."""
+    url: str | tuple[str, ...] | None = None
+    """Address of a vLLM server that has the teacher, or of several, instead of running it in this process. It gives its
+    most likely tokens (estimator top_k_tail) or the log-probabilities of given ones; `name` is then its tokenizer's."""
+    server: ServerSettings = Field(default_factory=lambda: ServerSettings(requests=8))
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the teacher's weights."""
     quantise: Literal["4bit", "8bit"] | None = None
@@ -41,12 +45,16 @@ class TeacherSettings(Settings):
             )
         if any(t.by_task for t in self.by_task.values()):
             raise ValueError("teacher.by_task holds teachers for task families; those have no by_task of their own")
+        if self.url is not None and (self.cache is not None or self.name in ("self", "average")):
+            raise ValueError(
+                "teacher.url is a server with the teacher: leave teacher.cache out, and give the name of a model"
+            )
         return self
 
     @property
     def can_sample_with_student(self) -> bool:
         """A model of its own, in this process, that reads what the student reads."""
-        is_plain = not (self.hint or self.system_prompt or self.by_task or self.cache)
+        is_plain = not (self.hint or self.system_prompt or self.by_task or self.cache or self.url)
         return is_plain and self.name != "self" and not self.is_own_average
 
     @property

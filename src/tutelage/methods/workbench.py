@@ -19,7 +19,9 @@ from tutelage.data import tasks as task_sets
 from tutelage.data.quarantine import Quarantine
 from tutelage.errors import ConfigError, DataError, TemplateError
 from tutelage.methods.config import RunConfig
-from tutelage.methods.grading import MIXED, make_teacher, mixed_sampler
+from tutelage.methods.grading import MIXED, make_teacher, mixed_sampler, teachers_of
+from tutelage.methods.rollouts import Rollouts, rollout_of
+from tutelage.methods.servers import addresses, servers_of
 from tutelage.methods.settings import (
     DataSettings,
     RolloutSettings,
@@ -28,14 +30,13 @@ from tutelage.methods.settings import (
     VerifierSettings,
 )
 from tutelage.methods.stored import is_store, stored_groups
+from tutelage.methods.student import Student
 from tutelage.methods.teacher_settings import TeacherSettings
-from tutelage.policies.load import load_model, load_tokenizer, save_model
-from tutelage.policies.policy import Policy, add_lora, merged_copy
-from tutelage.policies.sampler import InProcessSampler
+from tutelage.policies.load import load_model, load_tokenizer
+from tutelage.policies.policy import Policy
 from tutelage.policies.teachers import InProcessTeacher, load_teacher
 from tutelage.text import ChatText
 from tutelage.train.distributed import Processes
-from tutelage.train.optim import Optimizer
 from tutelage.train.session import Weights
 from tutelage.train.trainer import Trainer, TrainerSettings
 from tutelage.types import Group, Sampler, SamplingParams, Task, Trajectory, Verifier, content_hash
@@ -71,7 +72,6 @@ class Workbench:
         """Updates so far; the run sets it once it has begun."""
         self._task_sets: dict[str, tuple[list[Task], list[Task]]] = {}
         self._verifiers: dict[str, Verifier] = {}
-        self._samplers: dict[str, InProcessSampler] = {}
         self._teachers: dict[str, Any] = {}
         self._teacher_policies: dict[str, Policy] = {}
 
@@ -84,7 +84,7 @@ class Workbench:
         if asked != "auto":
             return asked
         if torch.cuda.is_available():
-            return f"cuda:{self.processes.index}"
+            return f"cuda:{self.processes.local_index}"
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
     @cached_property
@@ -124,25 +124,24 @@ class Workbench:
         return chat
 
     @cached_property
-    def policy(self) -> Policy:
-        model = load_model(self.model_path, dtype=self.precision, device=self.device)
-        if lora := self.config.model.lora:
-            model = add_lora(
-                model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target=lora.target, seed=self.config.seed
-            )
-        return Policy(model)
-
-    @cached_property
-    def trainer(self) -> Trainer:
-        train = self.config.stages[0].train
-        optimizer = Optimizer(
-            self.policy.model.named_parameters(),
-            kind=train.optimizer,
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            momentum=train.momentum,
+    def student(self) -> Student:
+        """The model that is trained."""
+        return Student(
+            self.config,
+            self.model_path,
+            tokenizer=self.tokenizer,
+            precision=self.precision,
+            device=self.device,
+            processes=self.processes,
         )
-        return Trainer(self.policy, optimizer, processes=self.processes, device=self.device)
+
+    @property
+    def policy(self) -> Policy:
+        return self.student.policy
+
+    @property
+    def trainer(self) -> Trainer:
+        return self.student.trainer
 
     def trainer_settings(self, train: TrainSettings, *, lr: float, lora_factor: float) -> TrainerSettings:
         """The method's default learning rate is for all weights; adapters take `lora_factor` times it."""
@@ -171,88 +170,57 @@ class Workbench:
 
     def weights(self) -> Weights:
         """How the run reads and writes its weights, and who samples with them."""
-        return Weights(save=self.save_weights, load=self.load_weights, load_base=self.load_base, sampler=self.sampler)
+        return Weights(
+            save=self.save_weights,
+            load=self.load_weights,
+            load_base=self.load_base,
+            sampler=self.sampler,
+            sync=self.rollouts.sync,
+        )
 
     def save_weights(self, folder: Path) -> None:
-        """The trained weights in full precision: a whole model, or the adapter."""
-        if self.config.model.lora:
-            self.policy.model.save_pretrained(folder, safe_serialization=True)
-            self.tokenizer.save_pretrained(folder)
-            from safetensors.torch import save_file
-
-            save_file({k: v.cpu().contiguous() for k, v in self.trainer.optimizer.weights().items()}, folder / MASTERS)
-            return
-        masters = self.trainer.optimizer.weights()
-        with _ParametersAs(self.policy.model, masters):
-            save_model(self.policy.model, self.tokenizer, folder)
+        """The trained weights in full precision: a whole model, or the adapter. Within `student.gathered`."""
+        self.student.save_weights(folder)
 
     def load_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Name -> weight of what `save_weights` wrote."""
-        from safetensors.torch import load_file
-
-        if self.config.model.lora:
-            masters: dict[str, Tensor] = load_file(folder / MASTERS)
-            return masters
-        return self._named(load_model(str(folder), dtype="float32" if self.precision != "float64" else "float64"))
+        return self.student.load_weights(folder)
 
     def load_base(self) -> Mapping[str, Tensor]:
         """The weights the run began with."""
-        if lora := self.config.model.lora:
-            fresh = load_model(self.model_path, dtype=self.precision)
-            fresh = add_lora(
-                fresh, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target=lora.target, seed=self.config.seed
-            )
-            return {n: p.detach().float() for n, p in fresh.named_parameters() if p.requires_grad}
-        return self._named(load_model(self.model_path, dtype=self.precision))
-
-    def _named(self, model: Any) -> Mapping[str, Tensor]:
-        return {n: p.detach() for n, p in model.named_parameters()}
-
-    def save_final(self, folder: Path) -> None:
-        """The trained model as transformers loads it: adapters folded into a copy, in the precision it came in."""
-        if self.config.model.lora:
-            save_model(merged_copy(self.policy.model), self.tokenizer, folder, dtype=torch.float32)
-            return
-        self.save_weights(folder)
+        return self.student.load_base()
 
     # -- samplers ------------------------------------------------------------------------------
 
-    def sampler(self, name: str, version: str) -> Sampler:
-        """ "student" is the policy as it is now; "base" the model the run began with; else a model's path or name."""
-        rollout = self._rollout()
-        if name == "student":
-            self.policy.use_plain_attention()
-            sampler = self._samplers.setdefault("student", self._make_sampler(self.policy.model, "student", rollout))
-            sampler.version = version
-            return sampler
-        if name == MIXED:
-            self.policy.use_plain_attention()
-            if name not in self._samplers:
-                self._samplers[name] = mixed_sampler(self)
-            self._samplers[name].version = f"step{self.steps_done()}"
-            return self._samplers[name]
-        if name not in self._samplers:
-            if name == "base":
-                model, author = load_model(self.model_path, dtype=self.precision, device=self.device), "student"
-            else:
-                model, author = self.teacher_policy(name).model, name
-            self._samplers[name] = self._make_sampler(model, author, rollout)
-        return self._samplers[name]
-
-    def _make_sampler(self, model: Any, author: str, rollout: RolloutSettings) -> InProcessSampler:
-        return InProcessSampler(
-            model,
-            stop_ids=self.text.stop_ids,
-            decode=self.text.completion_text,
-            author=author,
-            max_batch=rollout.max_batch,
+    @cached_property
+    def rollouts(self) -> Rollouts:
+        """Who samples."""
+        return Rollouts(
+            self.student,
+            rollout_of(self.config),
+            text=self.text,
+            load_base=lambda: load_model(self.model_path, dtype=self.precision, device=self.device),
+            other=self._other_sampler,
+            weights_dir=Path(self.config.run_dir).absolute() / "serving",
         )
 
-    def _rollout(self) -> RolloutSettings:
-        for stage in reversed(self.config.stages):
-            if isinstance(found := getattr(stage, "rollout", None), RolloutSettings):
-                return found
-        return RolloutSettings()
+    def sampler(self, name: str, version: str) -> Sampler:
+        """ "student" is the policy as of the last `rollouts.sync`; "base" the model the run began with; else a model's
+        path or name."""
+        sampler = self.rollouts.sampler(name, version)
+        if name == MIXED:
+            self.student.plain.use_plain_attention()
+            sampler.version = f"step{self.steps_done()}"
+        return sampler
+
+    def _other_sampler(self, name: str) -> Sampler:
+        """A teacher, where its settings say it is, or any model by path or name."""
+        if name == MIXED:
+            return mixed_sampler(self)
+        served = {t.name: t for s in self.config.stages for _, t in teachers_of(s) if t.url is not None}
+        if name in served:
+            return self.rollouts.served(servers_of(addresses(served[name].url), served[name].server), name)
+        return self.rollouts.in_process(self.teacher_policy(name).model, name)
 
     def base_scorer(self) -> InProcessTeacher:
         """The model the run began with, as a scorer of tokens."""
@@ -479,10 +447,8 @@ class Workbench:
         for verifier in self._verifiers.values():
             if close := getattr(verifier, "close", None):
                 close()
-
-
-MASTERS = "masters.safetensors"
-"""Adapter weights in full precision, beside peft's own file."""
+        if "rollouts" in self.__dict__:
+            self.rollouts.close()
 
 
 def has_fast_bfloat16(device: str) -> bool:
@@ -503,24 +469,6 @@ def _sampled(tasks: list[Task], count: int | None, seed: int) -> list[Task]:
 
     chosen = np.random.default_rng(seed).permutation(len(tasks))[:count]
     return [tasks[i] for i in sorted(chosen.tolist())]
-
-
-class _ParametersAs:
-    """Within the block the model's parameters hold other tensors: for saving masters without a second model."""
-
-    def __init__(self, model: Any, tensors: Mapping[str, Tensor]) -> None:
-        self.parameters: list[tuple[Any, Tensor]] = [
-            (p, tensors[n]) for n, p in model.named_parameters() if n in tensors
-        ]
-
-    def __enter__(self) -> None:
-        self.kept = [p.data for p, _ in self.parameters]
-        for p, t in self.parameters:
-            p.data = t
-
-    def __exit__(self, *_: object) -> None:
-        for (parameter, _master), data in zip(self.parameters, self.kept, strict=True):
-            parameter.data = data
 
 
 def with_examples(task: Task, examples: list[Task]) -> Task:

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,25 @@ def _from_pretrained(kind: Any, path: str, revision: str | None, name: str, **op
         ) from error
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write weights, generation config, tokenizer and chat template as transformers reads them.
+
+    Args:
+        state: name -> weight, where it is not the model's own (a sharded model holds parts only).
 
     The end-of-turn ids stay in the generation config, and a pad id equal to an end-of-turn id is not written: that
     mistake makes every generation of the saved model run on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+    given = model.state_dict() if state is None else state
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in given.items()}
     generation = model.generation_config
     if generation is not None:
         ends = generation.eos_token_id

@@ -92,7 +92,30 @@ class Policy(nn.Module):
 
     def target_hidden(self, batch: Batch) -> Tensor:
         """(N, D) hidden states at the positions targets are predicted from."""
+        return self._target_hidden(batch)
+
+    def _target_hidden(self, batch: Batch) -> Tensor:
+        """For the methods here: `target_hidden` itself gathers and drops a sharded model's weights."""
         return self.hidden_states(batch).flatten(0, 1)[batch.target_positions_N]
+
+    def target_logits(self, batch: Batch) -> Tensor:
+        """(N, V) logits at the positions targets are predicted from, as training makes them: for a few rows only."""
+        return self.output_layer.logits(self._target_hidden(batch))
+
+    def own_logits(self, batch: Batch) -> Tensor:
+        """(N, V) the same as transformers makes them, from a padded batch."""
+        self.use_plain_attention()
+        logits_BTV = self.model(
+            input_ids=batch.token_ids_BT,
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
+        ).logits
+        return logits_BTV.flatten(0, 1)[batch.target_positions_N]  # type: ignore[no-any-return]
+
+    def per_target(self, batch: Batch, fn: LossFn) -> Tensor:
+        """(N,) what `fn(logits_CV, columns_C)` says of every target."""
+        return per_target(self._target_hidden(batch), self.output_layer, batch, fn)
 
     def forward(
         self,
@@ -105,7 +128,7 @@ class Policy(nn.Module):
         """Weighted sum of the targets' losses over the step's divisor, and the sums `stats_fn` asks for."""
         layer = self.output_layer
         return chunked_loss(
-            self.target_hidden(batch),
+            self._target_hidden(batch),
             layer.weight_VD,
             batch.columns,
             loss_fn,
@@ -115,6 +138,17 @@ class Policy(nn.Module):
             logit_transform=layer.transform,
             stats_fn=stats_fn,
         )
+
+
+def per_target(hidden_ND: Tensor, layer: OutputLayer, batch: Batch, fn: LossFn, *, chunk_size: int = 256) -> Tensor:
+    """(N,) what `fn(logits_CV, columns_C)` says of every target, a chunk at a time, from float32 logits or wider."""
+    found = []
+    for start in range(0, hidden_ND.shape[0], chunk_size):
+        part = slice(start, start + chunk_size)
+        logits_CV = layer.logits(hidden_ND[part])
+        logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
+        found.append(fn(logits_CV, {k: v[part] for k, v in batch.columns.items()}))
+    return torch.cat(found) if found else hidden_ND.new_zeros(0)
 
 
 def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
@@ -153,19 +187,11 @@ def check_forward(policy: Policy, batches: Mapping[str, Batch], *, tolerance: fl
     """
     was_training = policy.training
     policy.eval()
-    plain = batches["plain"]
-    policy.use_plain_attention()
-    logits = policy.model(
-        input_ids=plain.token_ids_BT,
-        attention_mask=plain.attention_mask_BT,
-        position_ids=plain.position_ids_BT,
-        use_cache=False,
-    ).logits
-    expected = logits.flatten(0, 1)[plain.target_positions_N].float()
+    expected = policy.own_logits(batches["plain"]).float()
     scale = expected.std().clamp_min(1e-6)
     worst = 0.0
     for name, batch in batches.items():
-        got = policy.output_layer.logits(policy.target_hidden(batch)).float()
+        got = policy.target_logits(batch).float()
         gap = float((got - expected).pow(2).mean().sqrt() / scale)
         worst = max(worst, gap)
         if not gap <= tolerance:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tutelage.data.collate import Batch
 from tutelage.numerics.chunked import chunked_loss
-from tutelage.policies.policy import LossFn, OutputLayer
+from tutelage.policies.policy import LossFn, OutputLayer, per_target
 
 
 class TablePolicy(nn.Module):
@@ -61,6 +61,9 @@ class TablePolicy(nn.Module):
 
     def target_hidden(self, batch: Batch) -> Tensor:
         return self.hidden_states(batch).flatten(0, 1)[batch.target_positions_N]
+
+    def per_target(self, batch: Batch, fn: LossFn) -> Tensor:
+        return per_target(self.target_hidden(batch), self.output_layer, batch, fn)
 
     def logits(self, token_ids_BT: Tensor) -> Tensor:
         """(B, T, V) scores for the token after each position of unpadded rows."""

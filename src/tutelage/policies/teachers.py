@@ -19,7 +19,7 @@ from torch import Tensor
 from tutelage.data.collate import Batch, collate
 from tutelage.data.logit_cache import TopK
 from tutelage.data.pack import microbatches
-from tutelage.errors import CheckpointError, ConfigError, DataError, MissingExtra
+from tutelage.errors import CheckpointError, ConfigError, DataError, MissingExtra, SamplerError
 from tutelage.numerics.logprobs import at_least_float32, target_logprobs
 from tutelage.policies.load import DTYPES, load_model, resolve_model
 from tutelage.policies.policy import OutputLayer, Policy
@@ -345,6 +345,7 @@ class ServedTeacher:
             `VLLMScorer`.
         k: entries asked for at every target.
         vocab_size: the student's logits are cut to this many entries, where the server's model has fewer.
+        processes: `train.Processes`; the asking is shared out among them. None asks for everything here.
     """
 
     form = "top_k"
@@ -352,13 +353,41 @@ class ServedTeacher:
     is_fixed = True
     temperature = 1.0
 
-    def __init__(self, scorer: Any, *, k: int = 64, vocab_size: int | None = None, name: str = "teacher") -> None:
+    def __init__(
+        self,
+        scorer: Any,
+        *,
+        k: int = 64,
+        vocab_size: int | None = None,
+        name: str = "teacher",
+        processes: Any = None,
+    ) -> None:
         self.scorer, self.k, self.vocab_size, self.name = scorer, k, vocab_size, name
+        self.processes = processes
+        self.on_scored: Callable[[Sequence[int], int], None] | None = None
+        """Called with the trajectories' lengths and the number of targets this process asked for."""
+
+    def _asked(self, trajectories: Sequence[Trajectory], ask: Callable[[Sequence[Trajectory]], Any]) -> list[Any]:
+        """The answers to this process's share, and everybody's."""
+        indices = list(range(len(trajectories)))
+        mine = indices if self.processes is None else list(self.processes.share(indices))
+        own = [trajectories[i] for i in mine]
+        if self.on_scored is not None:
+            self.on_scored([t.num_tokens for t in own], sum(t.num_targets for t in own))
+        if self.processes is None:
+            return list(ask(own))
+        failed, done = None, {}
+        try:
+            done = dict(zip(mine, ask(own), strict=True))
+        except SamplerError as error:
+            failed = error
+        merged = self.processes.gather_or_stop(done, failed)
+        return [merged[i] for i in indices]
 
     def top_k(self, trajectories: Sequence[Trajectory]) -> list[TopK]:
         """Its answers with the log of the mass they leave, which float32 answers never put at exactly 0."""
         out = []
-        for answer in self.scorer.top_k(trajectories, self.k):
+        for answer in self._asked(trajectories, lambda own: self.scorer.top_k(own, self.k)):
             logprobs = np.asarray(answer.logprobs_CK, dtype=np.float64)
             rest = np.maximum(1 - np.exp(logprobs).sum(-1), _LEAST_TAIL)
             out.append(TopK(np.asarray(answer.ids_CK, dtype=np.int64), logprobs, np.log(rest)))
@@ -366,8 +395,7 @@ class ServedTeacher:
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Sequence[float]]:
         """Nats per target token of each trajectory, at temperature 1."""
-        found: list[Sequence[float]] = self.scorer.score(trajectories)
-        return found
+        return self._asked(trajectories, self.scorer.score)
 
 
 def _lengths(batch: Batch) -> list[int]:

@@ -67,6 +67,7 @@ class VLLMServer:
         self._wanted, self._revive_s = model, revive_s
         self._weights_dir = Path(weights_dir) if weights_dir else None
         self._pushed: Path | None = None
+        self._is_ours = True
         self._card: Mapping[str, Any] | None = None
         self._stores_shaped: bool | None = None
 
@@ -195,6 +196,15 @@ class VLLMServer:
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
 
+    @property
+    def pushed(self) -> Path | None:
+        """Folder of the weights it should have; None where it has those it started with."""
+        return self._pushed
+
+    def adopt_weights(self, folder: Path, version: str) -> None:
+        """Another process pushed these weights: expect them, and push them again should the server lose them."""
+        self._pushed, self.weights_version, self._is_ours = folder, version, False
+
     def has_weights(self) -> bool:
         """Whether it still has the weights pushed last: a server restarted by others quietly has its first ones."""
         if self.weights_version is None:
@@ -267,9 +277,9 @@ class VLLMServer:
     def close(self) -> None:
         """Close connections, and remove weights on disk."""
         self.client.close()
-        if self._pushed is not None:
+        if self._pushed is not None and self._is_ours:
             shutil.rmtree(self._pushed, ignore_errors=True)
-            self._pushed = None
+        self._pushed = None
 
 
 _NO_ROUTES = (

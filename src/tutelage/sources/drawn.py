@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.data.rounds import RoundStore
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, SamplerError
 from tutelage.types import (
     Completion,
     Draw,
@@ -75,15 +75,22 @@ class Drawn:
         started = time.perf_counter()
         done: dict[int, list[Trajectory]] = {}
         share = range(len(chunks)) if ctx.processes is None else ctx.processes.share(range(len(chunks)))
+        failed: SamplerError | None = None
         for index in share:
             kept = store.load(index) if store else None
             if kept is None:
-                kept = self.sample_chunk(ctx, chosen, chunks[index], base)
+                try:
+                    kept = self.sample_chunk(ctx, chosen, chunks[index], base)
+                except SamplerError as error:
+                    failed = error
+                    break
                 if store:
                     store.commit(index, kept)
             done[index] = kept
         if ctx.processes is not None:
-            done = ctx.processes.gather_dict(done)
+            done = ctx.processes.gather_or_stop(done, failed)
+        elif failed is not None:
+            raise failed
         by_prompt: list[list[Trajectory]] = [[] for _ in chosen]
         for index in range(len(chunks)):
             for t in done[index]:

@@ -17,6 +17,9 @@ class Recorded:
             begins again at the end.
     """
 
+    is_sampling = False
+    """True (or absent) where a source samples the student."""
+
     def __init__(self, groups: Sequence[Group], *, per_round: int | None = None) -> None:
         if not groups:
             raise DataError("Recorded needs at least one trajectory, got none: check the data path and its quarantine")

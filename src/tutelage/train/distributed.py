@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tutelage.errors import SamplerError
+
 Item = TypeVar("Item")
 
 
@@ -26,6 +28,15 @@ class Processes:
     @property
     def index(self) -> int:
         return self.accelerator.process_index if self.accelerator else 0
+
+    @property
+    def local_index(self) -> int:
+        """Among the processes of this machine: which of its devices to use."""
+        return self.accelerator.local_process_index if self.accelerator else 0
+
+    def idle_turns(self, num_items: int) -> int:
+        """How many items fewer this process has in `share` than the one with the most."""
+        return -(-num_items // self.count) - len(range(self.index, num_items, self.count))
 
     @property
     def is_first(self) -> bool:
@@ -67,6 +78,13 @@ class Processes:
         for other in self._gather(part):
             out.update(other)
         return out
+
+    def gather_or_stop(self, part: dict[int, Any], failed: SamplerError | None) -> dict[int, Any]:
+        """As `gather_dict`; where one process could not be answered, all raise its error."""
+        errors = self.gather_dict({self.index: str(failed)} if failed is not None else {})
+        if errors:
+            raise SamplerError(next(iter(errors.values())), is_everywhere=True) from failed
+        return self.gather_dict(part)
 
     def any(self, flag: bool) -> bool:
         """True in all processes if it is in one."""

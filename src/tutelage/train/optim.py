@@ -3,10 +3,13 @@
 Weights may be bfloat16, which makes forward and backward several times faster on hardware with bfloat16 units. An
 update of relative size 1e-3 is below bfloat16's resolution, so each such weight has a float32 master: gradients are
 added up in float32 as each microbatch finishes, the update is made on the master, and the weight is the master rounded.
+
+Sharded parameters (`train.sharding`) are float32 already and are their own masters; each process updates its part.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, ConfigError, NumericsError
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+from tutelage.train import sharding
+from tutelage.train.sharding import LOW_PRECISION
 
 
 class Optimizer:
@@ -26,6 +29,7 @@ class Optimizer:
         parameters: name and parameter, in a fixed order; those that need no gradient are left out.
         kind: "adamw" or "sgd".
         weight_decay: decoupled, on matrices only (biases and norms are not decayed).
+        sum_parts: a number summed over the processes; used where the parameters are sharded.
     """
 
     def __init__(
@@ -37,14 +41,23 @@ class Optimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
+        sum_parts: Callable[[float], float] = lambda number: number,
     ) -> None:
         self.parameters = {name: p for name, p in parameters if p.requires_grad}
         if not self.parameters:
             raise ConfigError("nothing to train: no parameter of the model needs a gradient")
         self.masters: dict[str, Tensor] = {}
         self._is_first_microbatch: dict[str, bool] = {}
+        self.is_sharded = any(sharding.is_sharded(p) for p in self.parameters.values())
+        """Every process holds a part of each weight; then `gathered` is needed to see the whole."""
+        self._sum_parts = sum_parts
+        self._whole: dict[str, Tensor] | None = None
+        self.num_changes = 0
+        """Times the weights were updated or overwritten."""
         for name, p in self.parameters.items():
-            if p.dtype in LOW_PRECISION:
+            if sharding.is_sharded(p):
+                self.masters[name] = sharding.local(p)
+            elif p.dtype in LOW_PRECISION:
                 self.masters[name] = p.detach().float().clone()
                 self._is_first_microbatch[name] = True
                 p.register_post_accumulate_grad_hook(self._collector(name))
@@ -91,6 +104,9 @@ class Optimizer:
         """Name -> float32 (or wider) gradient of the step; zeros where no microbatch touched the parameter."""
         out = {}
         for name, master in self.masters.items():
+            if self.is_sharded:
+                gradient = self.parameters[name].grad
+                master.grad = None if gradient is None else sharding.local(gradient)
             if self._is_first_microbatch.get(name, False) and master.grad is not None:
                 master.grad.zero_()
                 self._is_first_microbatch[name] = False
@@ -106,7 +122,8 @@ class Optimizer:
             NumericsError: the norm is not finite. Nothing has been updated.
         """
         gradients = list(self.gradients().values())
-        norm = math.sqrt(sum(float(n) ** 2 for n in torch._foreach_norm(gradients)))
+        square = sum(float(n) ** 2 for n in torch._foreach_norm(gradients))
+        norm = math.sqrt(self._sum_parts(square) if self.is_sharded else square)
         if not math.isfinite(norm):
             raise NumericsError(
                 f"the gradient's norm must be finite, got {norm}; nothing was updated. "
@@ -120,6 +137,7 @@ class Optimizer:
         for group in self.rule.param_groups:
             group["lr"] = lr
         self.rule.step()
+        self.num_changes += 1
         self._publish()
         return norm
 
@@ -137,12 +155,53 @@ class Optimizer:
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Overwrite masters and parameters."""
         for name, master in self.masters.items():
-            master.copy_(weights[name])
+            master.copy_(self._part(name, weights[name]))
+        self.num_changes += 1
         self._publish()
 
     def weights(self) -> dict[str, Tensor]:
-        """Name -> master, for saving: the weights in full precision."""
-        return {name: m.detach() for name, m in self.masters.items()}
+        """Name -> master, for saving: the weights in full precision. Sharded ones: within `gathered`, first process."""
+        if not self.is_sharded:
+            return {name: m.detach() for name, m in self.masters.items()}
+        return {name: self._gathered()[name] for name in self.masters}
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within this block the first process can call `weights` and `save`. Every process must enter it.
+
+        Does nothing where the parameters are whole. Sharded ones are gathered one by one into the first process's
+        memory (not the device's): weights and moments, 12 bytes a parameter with AdamW.
+        """
+        if not self.is_sharded:
+            yield
+            return
+        names = {id(m): n for n, m in self.masters.items()}
+        parts = [(n, m, self.parameters[n]) for n, m in self.masters.items()]
+        for master, values in self.rule.state.items():
+            name = names[id(master)]
+            parts += [
+                (f"{key}/{name}", value, self.parameters[name])
+                for key, value in values.items()
+                if value is not None and value.shape == master.shape and value.ndim > 0
+            ]
+        kept = {}
+        for name, tensor in sharding.gathered(parts):
+            if sharding.is_first():
+                kept[name] = tensor.cpu()
+        self._whole = kept
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def _gathered(self) -> Mapping[str, Tensor]:
+        if self._whole is None:
+            raise CheckpointError("sharded weights can be read within `gathered` only, which every process must enter")
+        return self._whole
+
+    def _part(self, name: str, full: Tensor) -> Tensor:
+        """What of a whole tensor this process holds."""
+        return sharding.cut(full, self.parameters[name]) if self.is_sharded else full
 
     def save(self, path: Path) -> None:
         """Moments and step counts, as safetensors."""
@@ -150,8 +209,11 @@ class Optimizer:
         tensors = {}
         for master, values in self.rule.state.items():
             for key, value in values.items():
-                if value is not None:
-                    tensors[f"{key}/{names[id(master)]}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                full = f"{key}/{names[id(master)]}"
+                if self.is_sharded and full in self._gathered():
+                    tensors[full] = self._gathered()[full].contiguous()
+                elif value is not None:
+                    tensors[full] = torch.as_tensor(value).detach().cpu().contiguous()
         save_file(tensors, path, metadata={"kind": type(self.rule).__name__})
 
     def load(self, path: Path) -> None:
@@ -167,7 +229,8 @@ class Optimizer:
                 raise CheckpointError(f"{path}: optimiser state for {name!r}, which this model does not train")
             master = self.masters[name]
             state: dict[str, Any] = self.rule.state[master]
-            state[key] = value if key == "step" else value.to(master.device, master.dtype)
+            is_count = value.ndim == 0 or key == "step"
+            state[key] = value if is_count else self._part(name, value).to(master.device, master.dtype)
 
 
 def learning_rate(base: float, progress: float, *, schedule: str, warmup: float, floor: float = 0.0) -> float:

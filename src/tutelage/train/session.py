@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from tutelage.data.rounds import RoundStore
-from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError
+from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError, SamplerError
 from tutelage.train import checkpoint
 from tutelage.train.costs import RunLedger
 from tutelage.train.run_directory import RunDirectory
@@ -72,15 +72,18 @@ class Weights:
         load: Callable[[Path], Mapping[str, Tensor]],
         load_base: Callable[[], Mapping[str, Tensor]],
         sampler: Callable[[str, str], Sampler],
+        sync: Callable[[str], None] = lambda version: None,
     ) -> None:
         self.save = save
-        """Writes the current weights into a folder."""
+        """Writes the current weights into a folder. Called by the first process, within `Optimizer.gathered`."""
         self.load = load
         """Reads what `save` wrote: name -> weight."""
         self.load_base = load_base
         """The weights the run began with."""
         self.sampler = sampler
         """`sampler(name, version)`: "student" is the current policy; "base", a folder, or a teacher's name."""
+        self.sync = sync
+        """`sync(version)` gives "student" the weights as they are now. Called by every process."""
 
 
 class Session:
@@ -151,7 +154,7 @@ class Session:
         """The sampler a source asks for. "student" is whatever the stage's `draw_from` says; "policy" is always the
         weights as they are now: what monitors probe."""
         if name == "policy":
-            return self.weights.sampler("student", f"stage{self.cursor.stage}-step{self.cursor.total_steps}")
+            return self.weights.sampler("student", self._version)
         if name != "student":
             return self.weights.sampler(name, name)
         if self.cursor.step > 0:
@@ -161,7 +164,7 @@ class Session:
                 "Remove the newest checkpoint to go back to the start of the round."
             )
         if stage.draw_from == "current":
-            return self.weights.sampler("student", f"stage{self.cursor.stage}-step{self.cursor.total_steps}")
+            return self.weights.sampler("student", self._version)
         if stage.draw_from.startswith("stage:"):
             return self.weights.sampler(str(self._stage_folder(stage.draw_from[6:])), stage.draw_from)
         return self.weights.sampler(stage.draw_from, stage.draw_from)
@@ -208,7 +211,11 @@ class Session:
 
     def _watched(self, ask: Callable[[DrawContext], Any], stage: "Stage") -> Any:
         started = time.perf_counter()
-        report = ask(self.context(stage))
+        try:
+            self.weights.sync(self._version)
+            report = ask(self.context(stage))
+        except SamplerError as error:
+            raise self._cut_short(stage, error) from error
         self.trainer.policy.use_plain_attention()
         self.times_s["watch"] += time.perf_counter() - started
         return report
@@ -223,7 +230,12 @@ class Session:
         """The round's draw: from its committed chunks where there are any."""
         started = time.perf_counter()
         self._round_start = stage.source.state()
-        draw = stage.source.draw(self.context(stage))
+        try:
+            if self.cursor.step == 0 and stage.draw_from == "current" and getattr(stage.source, "is_sampling", True):
+                self.weights.sync(self._version)
+            draw = stage.source.draw(self.context(stage))
+        except SamplerError as error:
+            raise self._cut_short(stage, error) from error
         self.trainer.policy.use_plain_attention()
         if self.cursor.step == 0:
             self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.author != "recorded")
@@ -237,6 +249,18 @@ class Session:
         # Sampled by other weights than those that are trained: on-policy data perhaps, but no on-policy update.
         is_same = stage.draw_from == "current" and stage.start_from == "previous"
         return replace(draw, is_on_policy=draw.is_on_policy and is_same)
+
+    @property
+    def _version(self) -> str:
+        return f"stage{self.cursor.stage}-step{self.cursor.total_steps}"
+
+    def _cut_short(self, stage: "Stage", error: SamplerError) -> Exception:
+        """What to raise where nobody samples any more: saved, if all processes are here to save."""
+        if self.trainer.processes.count > 1 and not error.is_everywhere:
+            return error
+        self.save(stage, is_mid_round=True)
+        self.run.log_event("cut_short", {"round": self.cursor.round, "why": str(error)})
+        return Interrupted(f"{error} The state is saved: what was sampled so far is kept, and `resume` goes on.")
 
     def _check_logprob_gap(self, draw: Draw) -> None:
         """The sampler's log-probabilities against the trainer's own on the same tokens."""
@@ -276,7 +300,10 @@ class Session:
 
     def prepare(self, stage: "Stage", draw: Draw) -> Targets:
         """The signal's targets. A draw with nothing to train on gives no updates, and says so."""
-        targets = stage.signal.prepare(draw, score_student=self._score_once(stage))
+        try:
+            targets = stage.signal.prepare(draw, score_student=self._score_once(stage))
+        except SamplerError as error:  # a teacher behind a server
+            raise self._cut_short(stage, error) from error
         if self.cursor.step == 0:
             self.run.log_event("targets", {"round": self.cursor.round, "divisor": targets.divisor, **targets.stats})
         if any(r.is_trained for r in targets.rows):
@@ -435,8 +462,10 @@ class Session:
 
     def leave(self, stage: "Stage", *, is_last: bool) -> None:
         """End a stage. Unless it is the last, its weights are kept under its name for later stages to start from."""
-        if self.run.is_writer and not is_last:
-            self.weights.save(self.run.root / "stages" / stage.name)
+        if not is_last:
+            with self.trainer.optimizer.gathered():
+                if self.run.is_writer:
+                    self.weights.save(self.run.root / "stages" / stage.name)
         self.ended_by, self._verdict = self._verdict or "ROUNDS", None
         fields = {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round}
         self.run.log_event("stage_end", {**fields, "ended_by": self.ended_by, "step": self.cursor.total_steps})
@@ -451,10 +480,17 @@ class Session:
         due = self.saving.every_steps is not None and self.cursor.total_steps - steps >= self.saving.every_steps
         return self.trainer.processes.any(due or time.monotonic() - at >= self.saving.every_s)
 
-    def save(self, stage: "Stage | None") -> None:
+    def save(self, stage: "Stage | None", *, is_mid_round: bool = False) -> None:
         """A checkpoint of everything the run needs to go on from here."""
         started = time.perf_counter()
         self.trainer.processes.wait()
+        with self.trainer.optimizer.gathered():
+            self._save(stage, is_mid_round=is_mid_round or self.cursor.step > 0)
+        self.trainer.processes.wait()
+        self._last_save = (time.monotonic(), self.cursor.total_steps)
+        self.times_s["save"] += time.perf_counter() - started
+
+    def _save(self, stage: "Stage | None", *, is_mid_round: bool) -> None:
         if self.run.is_writer:
             state: dict[str, Any] = {
                 "cursor": asdict(self.cursor),
@@ -469,7 +505,6 @@ class Session:
                 "stage": {},
             }
             if stage is not None:
-                is_mid_round = self.cursor.step > 0
                 state["stage"] = {
                     "source": self._round_start if is_mid_round else stage.source.state(),
                     "signal": stage.signal.state(),
@@ -480,9 +515,6 @@ class Session:
             write = functools.partial(self._write, stage)
             checkpoint.save(self.run.checkpoints, name, write, state, keep=self.saving.keep)
             self._drop_finished_work()
-        self.trainer.processes.wait()
-        self._last_save = (time.monotonic(), self.cursor.total_steps)
-        self.times_s["save"] += time.perf_counter() - started
 
     def _write(self, stage: "Stage | None", folder: Path) -> None:
         self.weights.save(folder / "model")

@@ -128,7 +128,8 @@ class Trainer:
         self.optimizer.zero_grad()
         trained = [r for r in rows if r.is_trained]
         sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "correct": 0.0, "targets": 0.0, "tokens": 0.0}
-        for part in self.processes.share(microbatches(trained, max_tokens=settings.max_tokens)):
+        parts = microbatches(trained, max_tokens=settings.max_tokens)
+        for part in self.processes.share(parts):
             batch = collate(part, layout=settings.layout, dtype=self.float_dtype).to(self.device)
             with torch.no_grad():
                 batch = batch.with_columns(signal.annotate(batch))
@@ -138,6 +139,7 @@ class Trainer:
             sums["tokens"] += sum(r.trajectory.num_tokens for r in part)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
+        self._keep_pace(trained, len(parts), settings.layout)
         if (take_sums := getattr(signal, "take_sums", None)) is not None:
             sums |= {f"{OF_SIGNAL}{name}": float(value) for name, value in take_sums().items()}
         sums = self.processes.sum_numbers(sums)
@@ -146,7 +148,8 @@ class Trainer:
                 f"the loss must be finite, got {sums['loss']}; nothing was updated. First trajectories of this step: "
                 + ", ".join(r.trajectory.id for r in trained[:4])
             )
-        self.processes.sum_tensors(self.optimizer.gradients().values())
+        if not self.optimizer.is_sharded:  # else summed part by part, in each backward pass
+            self.processes.sum_tensors(self.optimizer.gradients().values())
         norm = self.optimizer.step(lr, max_grad_norm=settings.max_grad_norm)
         n = max(1.0, sums["targets"])
         out = {
@@ -166,6 +169,17 @@ class Trainer:
         known |= {name for name in sums if name.startswith(OF_SIGNAL)}
         out |= {f"train/{name}": value / n for name, value in sums.items() if name not in known}
         return out
+
+    def _keep_pace(self, rows: Sequence[TargetRow], num_parts: int, layout: Literal["packed", "padded"]) -> None:
+        """Sharded weights are gathered by all processes together, so all run equally many forward and backward
+        passes: where others have a microbatch more, this one runs a short row that counts for nothing."""
+        if not self.optimizer.is_sharded:
+            return
+        for _ in range(self.processes.idle_turns(num_parts)):
+            batch = collate([_shortest(rows)], layout=layout, dtype=self.float_dtype).to(self.device)
+            nothing = torch.zeros_like(batch.columns["weight_C"])
+            loss, _ = self.policy(batch.with_columns({"weight_C": nothing}), _no_loss, divisor=1.0)
+            loss.backward()
 
     # -- scoring -------------------------------------------------------------------------------
 
@@ -194,21 +208,23 @@ class Trainer:
                 where = batch.target_index_C[own].tolist()
                 for i, value in zip(where, scores[own].tolist(), strict=True):
                     out[index][i] = value
+        for _ in range(self.processes.idle_turns(len(parts)) if self.optimizer.is_sharded else 0):
+            self._score_batch(collate([_shortest(rows)], layout=layout, dtype=self.float_dtype).to(self.device))
         self.policy.train(was_training)
         merged = self.processes.gather_dict(out)
         return [merged[i] for i in range(len(rows))]
 
     def _score_batch(self, batch: Batch) -> Tensor:
-        hidden_ND = self.policy.target_hidden(batch)
-        layer = self.policy.output_layer
-        scores = []
-        for start in range(0, hidden_ND.shape[0], 256):
-            part = slice(start, start + 256)
-            logits_CV = layer.logits(hidden_ND[part])
-            logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-            columns = {k: v[part] for k, v in batch.columns.items()}
-            scores.append(_shaped_logprobs(logits_CV, columns))
-        return torch.cat(scores) if scores else hidden_ND.new_zeros(0)
+        scores: Tensor = self.policy.per_target(batch, _shaped_logprobs)
+        return scores
+
+
+def _shortest(rows: Sequence[TargetRow]) -> TargetRow:
+    return min((r for r in rows if r.trajectory.num_targets), key=lambda r: r.trajectory.num_tokens)
+
+
+def _no_loss(student_logits_CV: Tensor, targets_C: Mapping[str, Any]) -> Tensor:
+    return student_logits_CV.sum(-1)
 
 
 def _shaping(trajectory: Trajectory) -> dict[str, np.ndarray]:
