@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tutelage.claims.base import Claim, Numbers, Prediction, Predictions
 from tutelage.claims.walks import Learner, grown, grpo, own_walks, split_tasks, straying
 from tutelage.signals import HardTargets
@@ -15,20 +17,20 @@ class Size:
     """How large the experiment is."""
 
     tasks: int = 400
-    held_out: int = 200
-    pretraining: int = 400
+    held_out: int = 150
+    pretraining: int = 220
     base: float = 0.4
-    walks: int = 256
+    walks: int = 128
     group: int = 8
-    steps: int = 200
+    steps: int = 120
     """Of RL alone: what it spends is the budget of both arms."""
     first_share: float = 0.5
     """Of the budget, for the plan's first RL."""
-    samples: int = 4
+    samples: int = 8
     """Of the RL checkpoint, for each task."""
     epochs: int = 2
     rl_lr: float = 1e-3
-    sft_lr: float = 1e-3
+    sft_lr: float = 2e-3
 
 
 def reinforce(learner: Learner, tasks: Sequence[Task], size: Size, *, budget: float) -> None:
@@ -79,9 +81,7 @@ def measure(seed: int, size: Size = Size()) -> Numbers:
     for name, learner in stages.items():
         found = learner.evaluate(held, n=16, ks=(1, 8))
         for k in (1, 8):
-            estimate = found.pass_at(k).estimate
-            assert estimate is not None
-            out[f"{name}_pass@{k}"] = estimate.value
+            out[f"{name}_pass@{k}"] = float(np.mean(list(found.by_task(f"pass@{k}").values())))
         assert found.entropy.token_mean is not None
         out[f"{name}_entropy_nats"] = found.entropy.token_mean
     for k in (1, 8):
@@ -96,8 +96,8 @@ CLAIM = Claim(
     line="the R1 plan: RL, rejection-sample its checkpoint, SFT from the base, RL again; against RL alone",
     source="DeepSeek-R1, arXiv:2501.12948 (about 800K rejection-sampled examples between its two RL stages)",
     design=(
-        "Grid walks: a base of 48 x 2 stopped at pass@1 about 0.4. RL alone: 200 steps of GRPO (32 tasks, 8 walks "
-        "each). The plan has the same budget of operations by the library's ledger: RL for half of it, 4 walks of that "
+        "Grid walks: a base of 48 x 2 stopped at pass@1 about 0.4. RL alone: 120 steps of GRPO (16 tasks, 8 walks "
+        "each). The plan has the same budget of operations by the library's ledger: RL for half of it, 8 walks of that "
         "checkpoint for each of 400 tasks, those that arrive (distinct ones) as SFT data for 2 epochs from the base, "
         "RL for the rest. Held-out tasks, 16 samples. Predicted: the plan's pass@1 is above RL's alone. pass@8 and "
         "entropy are reported."

@@ -10,14 +10,14 @@ CLAIMS: tuple[str, ...] = (
     "compounding",  # 2
     "overwriting",  # 3
     "small_models",  # 4
-    # "off_policy_distillation",  # 5
-    # "on_policy_distillation",  # 6
-    # "distillation_compute",  # 7
+    "off_policy_distillation",  # 5
+    "on_policy_distillation",  # 6
+    "distillation_compute",  # 7
     "first_order",  # 8
     "entropy_collapse",  # 9
     "same_reward_groups",  # 10
     "graduation",  # 11
-    # "r1_plan",  # 12
+    "r1_plan",  # 12
     "distinct_paths",  # 13
 )
 """Each is a module `tutelage.claims.NAME` with a `CLAIM`."""

@@ -286,9 +286,8 @@ class Learner:
         )
 
     def pass_at(self, k: int, tasks: Sequence[Task], *, n: int = 8) -> float:
-        estimate = self.evaluate(tasks, n=n, ks=(k,)).pass_at(k).estimate
-        assert estimate is not None
-        return estimate.value
+        """Mean over the tasks of the unbiased pass@k."""
+        return float(np.mean(list(self.evaluate(tasks, n=n, ks=(k,)).by_task(f"pass@{k}").values())))
 
 
 def own_walks(tasks: Sequence[Task], *, n: int, per_round: int, author: str = "student") -> Judged:
@@ -297,28 +296,34 @@ def own_walks(tasks: Sequence[Task], *, n: int, per_round: int, author: str = "s
 
 
 def grown(
-    seed: int, name: str, tasks: Sequence[Task], write: WriteAnswer, *, width: int, layers: int, until: float, most: int
+    seed: int,
+    name: str,
+    tasks: Sequence[Task],
+    write: WriteAnswer,
+    *,
+    width: int,
+    layers: int,
+    most: int,
+    until: float | None = None,
+    then: WriteAnswer | None = None,
 ) -> Learner:
-    """A model trained from nothing on fresh demonstrations until its pass@1 on some of the tasks is at least `until`,
-    or for `most` updates; the rate falls tenfold over them."""
+    """A model trained from nothing on fresh demonstrations for `most` updates, or until its pass@1 on some of the tasks
+    is at least `until`. The rate falls tenfold on the way; from the middle on, `then` writes, where it is given."""
     learner = Learner(small_model(width=width, layers=layers, seed=seed_for(seed, name) % 2**62), seed_for(seed, name))
     part = 20
     for done in range(0, most, part):
         fresh = [tasks[i % len(tasks)] for i in range(done * 64, (done + part) * 64)]
-        groups = demonstrations(fresh, write, seed_for(seed, name, done))
+        author = then if then is not None and done >= most / 2 else write
+        groups = demonstrations(fresh, author, seed_for(seed, name, done))
         learner.imitate(groups, lr=3e-3 * 0.1 ** (done / most), steps=part)
-        if learner.pass_at(1, tasks[:128], n=4) >= until:
+        if until is not None and learner.pass_at(1, tasks[:128], n=4) >= until:
             break
     return learner
 
 
-def good_teacher(seed: int, tasks: Sequence[Task], *, most: int = 400) -> Learner:
-    """Knows the way from everywhere: half of its training begins with steps astray."""
-
-    def write(task: Task, rng: np.random.Generator) -> Sequence[int]:
-        return straying(0.3)(task, rng) if rng.random() < 0.25 else shortest(task, rng)
-
-    return grown(seed, "teacher", tasks, write, width=64, layers=2, until=0.95, most=most)
+def good_teacher(seed: int, tasks: Sequence[Task], *, most: int) -> Learner:
+    """Knows the way from everywhere: it has first seen walks that strayed, then straight ones."""
+    return grown(seed, "teacher", tasks, straying(0.3), then=shortest, width=64, layers=2, most=most)
 
 
 def watched(learner: Learner, teacher: Learner) -> InProcessTeacher:
