@@ -59,10 +59,19 @@ class Ours:
 
     Args:
         precision: of the weights in forward and backward; masters are float32 either way.
+        is_fused: whether the cheaper forms of norms, MLPs and attention are used, or transformers' own.
     """
 
     def __init__(
-        self, *, limit: int, batch: int, lr: float, seed: int, precision: str = "bfloat16", max_tokens: int = 2048
+        self,
+        *,
+        limit: int,
+        batch: int,
+        lr: float,
+        seed: int,
+        precision: str = "bfloat16",
+        max_tokens: int = 2048,
+        is_fused: bool = True,
     ) -> None:
         from tutelage.methods.config import load_config
         from tutelage.methods.workbench import Workbench
@@ -74,7 +83,7 @@ class Ours:
         body = {
             "method": "sft",
             "seed": seed,
-            "model": {"name": "smollm2-135m-instruct", "precision": precision},
+            "model": {"name": "smollm2-135m-instruct", "precision": precision, "fused_layers": is_fused},
             "data": {"path": str((DATA / "train.jsonl").resolve()), "limit": limit},
             "train": train,
         }

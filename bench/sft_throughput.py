@@ -15,8 +15,8 @@ memory is touched for the first time). A real token is one of a prompt or an ans
 "wall" is tokens per second of wall time, "cpu" per second of the process's CPU time: the one to read at
 OMP_NUM_THREADS=1 on a machine that does other work. The last part (alone with `--profile`) measures a 2048-cubed
 bfloat16 product, what a token costs in operations, and where our time goes, by a profile of one update. `--curves`
-instead prints the loss of each update with bfloat16 weights over float32 masters and with float32 weights: the same
-data, order and learning rate.
+instead prints the loss of each update and the held-out loss with bfloat16 weights over float32 masters (our layers, and
+transformers' own) and with float32 weights: the same data, order and learning rate.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sft_arms import Ours, Step, bfloat16_ceiling, conversations, machine, trl_trainer
+from sft_arms import HeldOut, Ours, Step, bfloat16_ceiling, conversations, machine, trl_trainer
 
 DROPPED = 3
 ARMS = ("ours", "trl padded", "trl sorted", "trl packed", "trl autocast")
@@ -131,15 +131,33 @@ def profile_ours(args: argparse.Namespace) -> None:
         print(f"  {name:24s} {seconds:.2f} s {seconds / total:5.0%}")
 
 
+CURVES = {
+    "bfloat16": {"precision": "bfloat16"},
+    "bfloat16, plain layers": {"precision": "bfloat16", "is_fused": False},
+    "float32": {"precision": "float32"},
+}
+
+
 def curves(args: argparse.Namespace) -> None:
-    """Loss of each update in both precisions, on the same batches."""
-    runs = {}
-    for precision in ("bfloat16", "float32"):
-        ours = Ours(limit=8 * args.steps, batch=8, lr=2e-5, seed=0, precision=precision)
-        runs[precision] = [s.loss for s in ours.steps(args.steps)]
-    print("| update | bfloat16 weights, float32 masters | float32 | difference |\n|---|---|---|---|")
-    for i, (low, full) in enumerate(zip(runs["bfloat16"], runs["float32"], strict=True), 1):
-        print(f"| {i} | {low:.4f} | {full:.4f} | {low - full:+.4f} |")
+    """Loss of each update in each precision on the same batches, and the held-out loss before and after."""
+    held_out = HeldOut(args.held_out)
+    runs, ends = {}, {}
+    for name, options in CURVES.items():
+        ours = Ours(limit=8 * args.steps, batch=8, lr=2e-5, seed=args.seed, **options)
+        before = held_out.loss(ours.weights())
+        runs[name] = [s.loss for s in ours.steps(args.steps)]
+        ends[name] = (before, held_out.loss(ours.weights()))
+        print(f"{name}: held-out {before:.4f} before, {ends[name][1]:.4f} after {args.steps} updates", flush=True)
+    print(f"| update | {' | '.join(runs)} |\n|---|---|---|---|")
+    for i, losses in enumerate(zip(*runs.values(), strict=True), 1):
+        print(f"| {i} | {' | '.join(f'{x:.4f}' for x in losses)} |")
+    for name in list(runs)[:-1]:
+        gaps = [a - b for a, b in zip(runs[name], runs["float32"], strict=True)]
+        mean, spread = statistics.mean(gaps), statistics.stdev(gaps)
+        print(
+            f"{name} minus float32: mean {mean:+.4f} nats, standard error {spread / len(gaps) ** 0.5:.4f}, "
+            f"largest {max(map(abs, gaps)):.4f}; held-out at the end {ends[name][1] - ends['float32'][1]:+.4f}"
+        )
 
 
 def main() -> None:
@@ -153,6 +171,8 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help="run one arm here and print its steps")
     parser.add_argument("--profile", action="store_true", help="only the ceiling and the profile")
     parser.add_argument("--curves", action="store_true", help="only the loss curves of both precisions")
+    parser.add_argument("--held-out", type=int, default=12, help="held-out conversations of --curves")
+    parser.add_argument("--seed", type=int, default=0, help="order of the conversations in --curves")
     args = parser.parse_args()
     if args.arm:
         steps = run_ours(args) if args.arm == "ours" else run_trl(args)

@@ -38,6 +38,9 @@ class ModelSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Of the weights in forward and backward. bfloat16 keeps float32 masters. auto: bfloat16 where the processor has
     units for it, else float32."""
+    fused_layers: bool = True
+    """In bfloat16 on a CPU, run norms, MLPs and attention in cheaper forms with the same formulas, where the
+    architecture allows. false: the model's own code throughout."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
     system_prompt: str | None = None

@@ -37,7 +37,7 @@ _CHUNK_ELEMENTS = 1 << 25
 _SLICE_ELEMENTS = 1 << 19
 """Logits of one slice on a CPU, per thread: 2 MiB in float32, which stays in cache, and which the allocator hands
 back warm instead of mapping anew (measured: beyond 8 times this every temporary is mapped and zeroed again)."""
-_WEIGHT_ROWS = 8192
+_WEIGHT_ROWS = 2048
 """Vocabulary rows of the weight gradient computed at a time, where it accumulates in another dtype."""
 
 
