@@ -1,6 +1,7 @@
 """Two processes against one: the same steps, the same prompts, and a run that goes on with another number of them."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -17,7 +18,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
+from model_server import ModelServer
+
 from tutelage.data.store import TrajectoryStore
+from tutelage.testing.tiny import tiny_model
 
 
 def settings(folder: Path, model: Path, run: str) -> Path:
@@ -147,3 +152,23 @@ def test_one_process_is_resumed_by_sharded_ones(tmp_path: Path, tiny_folder: Pat
     kill_in_round(start(1, "train", str(path), "distributed.sharding=full", *more), tmp_path / "cut", 1)
     assert finish(start(2, "resume", str(tmp_path / "cut"))) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_on_a_server_draw_and_train_as_one(tmp_path: Path, tiny_folder: Path, sharding: str) -> None:
+    """The first process pushes (gathered and merged) weights, both ask; the server is restarted by others meanwhile."""
+    more = ["rollout.engine=vllm", "model.lora.r=4", "model.lora.alpha=8", "rollout.server.requests=2", "gate=false"]
+    loads = []
+    for run, processes in (("alone", 1), ("both", 2)):
+        with ModelServer(tiny_model(seed=9), str) as server:
+            seen = itertools.count(1)
+            if run == "both":
+                server.before = lambda body, c=seen, s=server: s.restart() if next(c) == 60 else None
+            path = settings(tmp_path, tiny_folder, run)
+            options = [*more, f"rollout.url={server.url}", f"distributed.sharding={sharding}"]
+            assert finish(start(processes, "train", str(path), *options)) == 0
+            loads.append(server.loads)
+    assert loads[0] == 2 and loads[1] >= 3
+    assert_same_run(tmp_path / "alone", tmp_path / "both")
