@@ -52,7 +52,7 @@ def test_ledger_counts_each_part_once():
 
 def test_entropy_collapse_in_miniature():
     size = entropy_collapse.Size(
-        rows=8, table_iterations=300, prompts=32, batch=16, iterations=12, early=4, held_out=50
+        rows=8, table_iterations=100, prompts=32, batch=16, iterations=13, early=4, held_out=50
     )
     numbers = entropy_collapse.measure(0, size)
     assert numbers == entropy_collapse.measure(0, size)

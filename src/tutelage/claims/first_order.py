@@ -236,6 +236,6 @@ CLAIM = Claim(
             name="distillation_over_rejection", what="compute of distillation over rejection sampling's", above=1.0
         ),
     ),
-    seeds=tuple(range(8)),
+    seeds=tuple(range(5)),
     minutes=2.0,
 )

@@ -166,6 +166,6 @@ CLAIM = Claim(
         Prediction(name="monitor_pass1_regret", what="pass@1, best switch minus the monitor's", below=0.02),
         Prediction(name="monitor_mean_pass_regret", what="mean pass@k, best switch minus the monitor's", below=0.02),
     ),
-    seeds=tuple(range(6)),
+    seeds=tuple(range(5)),
     minutes=3.0,
 )
