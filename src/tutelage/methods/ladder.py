@@ -29,6 +29,7 @@ def write_ladder(
     questions: int = 256,
     heldout: int = 256,
     terms: tuple[int, int] = (3, 6),
+    error: float = 0.15,
     layers: int = 3,
     width: int = 96,
     seed: int = 0,
@@ -37,10 +38,11 @@ def write_ladder(
 
     Args:
         terms: fewest and most numbers of a question; demonstrations begin at two.
+        error: chance that a step of a demonstration is wrong: what practice with a verifier can mend.
     """
     weights = save_scratch_model(folder / MODEL, characters=CHARACTERS, layers=layers, width=width, seed=seed)
     rng, seen = Random(seed), set[str]()
-    shown = _sums(rng, demonstrations, (2, terms[1]), seen)
+    shown = _sums(rng, demonstrations, (2, terms[1]), seen, error)
     _write(
         folder / DEMONSTRATIONS,
         [{"prompt": s.question, "completion": s.worked} for s in shown],
@@ -50,31 +52,38 @@ def write_ladder(
     return weights
 
 
-def _sums(rng: Random, count: int, terms: tuple[int, int], seen: set[str]) -> list[Sum]:
+def _sums(rng: Random, count: int, terms: tuple[int, int], seen: set[str], error: float = 0.0) -> list[Sum]:
     out: list[Sum] = []
     while len(out) < count:
-        made = worked_sum(rng, rng.randint(*terms))
+        made = worked_sum(rng, rng.randint(*terms), error=error)
         if made.question not in seen:
             seen.add(made.question)
             out.append(made)
     return out
 
 
-def worked_sum(rng: Random, terms: int) -> Sum:
-    """One-digit numbers added and taken away, never below zero on the way."""
+def worked_sum(rng: Random, terms: int, *, error: float = 0.0) -> Sum:
+    """One-digit numbers added and taken away, never below zero on the way.
+
+    Args:
+        error: chance that a step of the worked answer is off by one; it goes on from its error.
+    """
     while True:
         numbers = [rng.randint(1, 9) for _ in range(terms)]
         signs = [rng.choice("+-") for _ in range(terms - 1)]
-        total, steps = numbers[0], []
+        total, exact, steps = numbers[0], numbers[0], []
         for sign, number in zip(signs, numbers[1:], strict=True):
-            new = total + number if sign == "+" else total - number
+            change = number if sign == "+" else -number
+            new, exact = total + change, exact + change
+            if error and rng.random() < error:
+                new += rng.choice((-1, 1))
             steps.append(f"{total}{sign}{number}={new}")
             total = new
-            if total < 0:
+            if min(total, exact) < 0:
                 break
         else:
             question = str(numbers[0]) + "".join(f"{s}{n}" for s, n in zip(signs, numbers[1:], strict=True))
-            return Sum(question, ",".join(steps), str(total))
+            return Sum(question, ",".join(steps), str(exact))
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
