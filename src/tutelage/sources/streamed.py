@@ -65,8 +65,8 @@ class Streamed:
     Every chunk is sampled, judged, committed and forgotten. Rules then choose among the columns they need
     (`data.select`), and what is kept is written once more as bare tokens, which updates read by number in any order.
 
-    Memory: one chunk; about 100 bytes a sample while choosing and 9 afterwards; 32 bytes a kept one; the updates' own
-    order (36 bytes a kept sample and epoch); `other` as it is.
+    Memory: one chunk; 50 to 100 bytes a sample while choosing; 32 bytes a kept one and about 12 more for each epoch's
+    order; what Parquet needs to decode (80 MB); `other` as it is. Measured in bench/RESULTS-data.md.
 
     The rules are those of `SelectionRules`: all at once over the whole draw, so equal text may be dropped across
     prompts too. Off-policy; not for signals that need groups or log-probabilities.
