@@ -1,5 +1,7 @@
 """The sampler against the model itself: greedy equals `generate`, log-probabilities equal a full forward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -135,6 +137,18 @@ def test_every_engine_gives_the_same_answers(engine):
     same = sampler_of(model, engine="recompute", max_batch=1)
     expected = same.sample(requests(), SamplingParams(max_new_tokens=12, temperature=0.9))
     assert [[c.token_ids for c in g] for g in got] == [[c.token_ids for c in g] for g in expected]
+
+
+@pytest.mark.parametrize(("decoding", "engine"), [("auto", "fused"), ("plain", "plain"), ("recompute", "recompute")])
+def test_a_run_may_switch_the_fast_path_off(decoding, engine):
+    from tutelage.methods.rollouts import Rollouts
+    from tutelage.methods.settings import RolloutSettings
+
+    text = SimpleNamespace(stop_ids=[STOP], completion_text=lambda ids: " ".join(map(str, ids)))
+    bench = SimpleNamespace(text=text, settings=RolloutSettings(decoding=decoding))
+    sampler = Rollouts.in_process(bench, tiny_model("llama"), "student")
+    sampler.sample(requests(n=1), SamplingParams(max_new_tokens=2))
+    assert sampler.engine_name == engine
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

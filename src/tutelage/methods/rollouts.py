@@ -89,6 +89,7 @@ class Rollouts:
             decode=self.text.completion_text,
             author=author,
             max_batch=self.settings.max_batch,
+            engine=self.settings.decoding,
         )
 
     def served(self, servers: Sequence[VLLMServer], author: str) -> VLLMSampler:

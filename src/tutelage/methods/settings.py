@@ -169,6 +169,9 @@ class RolloutSettings(Settings):
     """Prompts in a round; None takes every training question once."""
     max_batch: Positive = 128
     """Completions decoded together."""
+    decoding: Literal["auto", "fused", "plain", "recompute"] = "auto"
+    """How the model in this process is asked: auto takes the fastest way that agrees with a plain forward; plain is the
+    model's own forward with its cache, for when the fast way is suspected; recompute keeps no cache."""
     chunk_rows: Positive = 1024
     """Completions committed together: what a kill can cost."""
     engine: Literal["inprocess", "vllm"] = "inprocess"
