@@ -19,9 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tutelage.data.tasks import reasoning_gym_tasks
+from tutelage.evals import EvalResult
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job
 from tutelage.policies.load import load_model, load_tokenizer, resolve_model, save_model
@@ -122,40 +124,95 @@ def distil(out: Path, student: Path, teacher: Path, data: Path, *, kind: str, ar
             "train": {"batch_size": None, "lr": args.lr, "schedule": "constant", "warmup": 0.0},
             "rounds": args.steps,
             **common(out, str(student / "model"), data, args),
-            "tasks": {**TASKS, "size": args.demos},
+            "tasks": {**TASKS, "size": args.questions},
         }
     )
+
+
+def gains(folder: Path) -> dict[str, float]:
+    """Question -> what the run added to its pass@1."""
+    before, after = (
+        EvalResult.from_json(json.loads((folder / "evaluation" / f"{name}.json").read_text())).by_task("pass@1")
+        for name in ("before", "after")
+    )
+    return {question: after[question] - before[question] for question in before}
+
+
+def ratio_of_gains(on_policy: Path, supervised: Path, *, resamples: int = 10_000) -> tuple[float, float, float]:
+    """GKD's figure, mean gain on-policy / mean gain supervised, and its 95% interval: questions drawn anew, paired.
+
+    Where the supervised gain may be 0 the ratio has no upper end, and its interval says so.
+    """
+    on, off = gains(on_policy), gains(supervised)
+    pairs = np.array([[on[q], off[q]] for q in sorted(on)])
+    rng = np.random.default_rng(0)
+    means = pairs[rng.integers(len(pairs), size=(resamples, len(pairs)))].mean(1)
+    ratios = np.where(means[:, 1] > 0, means[:, 0] / np.maximum(means[:, 1], 1e-12), np.inf)
+    low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
+    first = pairs.mean(0)
+    return (float(first[0] / first[1]) if first[1] > 0 else float("nan")), float(low), float(high)
+
+
+def difference(on_policy: Path, supervised: Path, *, resamples: int = 10_000) -> tuple[float, float, float]:
+    """Gain on-policy minus gain supervised, with its 95% interval over questions, paired."""
+    on, off = gains(on_policy), gains(supervised)
+    each = np.array([on[q] - off[q] for q in sorted(on)])
+    rng = np.random.default_rng(0)
+    means = each[rng.integers(len(each), size=(resamples, len(each)))].mean(1)
+    return float(each.mean()), *(float(x) for x in np.percentile(means, [2.5, 97.5]))
 
 
 def shown(metric: dict[str, Any]) -> str:
     return f"{metric['value']:.3f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]"
 
 
+def report(name: str, result: dict[str, Any]) -> None:
+    gain, ledger = result["gain"], result["ledger"]
+    shares = ", ".join(f"{k} {v:.0%}" for k, v in ledger["shares"].items() if v)
+    print(f"{name:24} pass@1 {shown(result['after']['pass@1'])}  greedy {shown(result['after']['greedy'])}")
+    print(f"{'':24} gain {gain['value']:+.3f} [{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}]")
+    print(f"{'':24} {result['counts']['steps']} updates, {ledger['flops']['total']:.2e} operations ({shares})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--layers", type=int, nargs="+", default=[24, 20])
+    parser.add_argument("--layers", type=int, nargs="+", default=[24, 20], choices=sorted(DROPPED))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher-epochs", type=int, default=2)
-    parser.add_argument("--demos", type=int, default=160)
+    parser.add_argument("--demos", type=int, default=160, help="solutions that the student is fine-tuned on first")
+    parser.add_argument("--questions", type=int, help="questions of both distillations; the same where not given")
     parser.add_argument("--student-epochs", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["supervised", "reverse_kl"])
+    parser.add_argument("--divergence", default="reverse_kl", help="of the on-policy arm")
     args = parser.parse_args()
+    args.questions = args.questions or args.demos
     everything = demonstrations(args.out / "worked.jsonl", TRAINING)
-    few = demonstrations(args.out / "few.jsonl", args.demos)
-    r = sft(args.out / "teacher", BASE, everything, args, lr=1e-4, epochs=args.teacher_epochs)
-    print("teacher", shown(r["after"]["pass@1"]), r["after"]["greedy"], r["times_s"], flush=True)
+    few = demonstrations(args.out / f"worked-{args.demos}.jsonl", args.demos)
+    asked = demonstrations(args.out / f"worked-{args.questions}.jsonl", args.questions)
+    teacher = sft(args.out / "teacher", BASE, everything, args, lr=1e-4, epochs=args.teacher_epochs)
+    print(f"{'teacher, 30 layers':24} pass@1 {shown(teacher['after']['pass@1'])}")
+    ratios = []
     for layers in args.layers:
         student = args.out / f"student{layers}"
         small = str(cut_down(layers, args.out / f"cut{layers}"))
         sft(student, small, few, args, lr=2e-4, epochs=args.student_epochs, is_measured=False)
-        for kind in args.kinds:
-            r = distil(args.out / f"{student.name}-{kind}", student, args.out / "teacher", few, kind=kind, args=args)
-            for m in ("pass@1", "greedy"):
-                print(layers, kind, m, shown(r["before"][m]), shown(r["after"][m]), r["gains"][m], flush=True)
-            print(r["ledger"]["shares"], r["times_s"], flush=True)
+        folders = {kind: args.out / f"{student.name}-{kind}" for kind in ("supervised", args.divergence)}
+        off, on = (
+            distil(folder, student, args.out / "teacher", asked, kind=kind, args=args)
+            for kind, folder in folders.items()
+        )
+        print(f"{f'student, {layers} layers':24} pass@1 {shown(off['before']['pass@1'])}")
+        report("  supervised, forward_kl", off)
+        report(f"  on-policy, {args.divergence}", on)
+        supervised, on_policy = folders.values()
+        print(
+            f"{'':24} on-policy - supervised: {'{:+.3f} [{:+.3f}, {:+.3f}]'.format(*difference(on_policy, supervised))}"
+        )
+        ratios.append(ratio_of_gains(on_policy, supervised))
+        print(f"{'':24} gain ratio: {ratios[-1][0]:.2f} [{ratios[-1][1]:.2f}, {ratios[-1][2]:.2f}]", flush=True)
+    print(f"mean gain ratio over students: {np.mean([r[0] for r in ratios]):.2f}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ def test_generate_cache_and_exit_codes(
     assert code == 0 and "bytes a token" in out and "KL from the teacher" in out
     code, out, _ = command(capsys, monkeypatch, "cache", tiny_folder, tmp_path / "a", "--out", tmp_path / "c", "--json")
     assert code == 0 and json.loads(out)["num_trajectories"] > 0
+    hot = ["--out", tmp_path / "hot", "--temperature", 2, "--k", 9]
+    code, _, err = command(capsys, monkeypatch, "cache", tiny_folder, tmp_path / "a", *hot)
+    about = json.loads((tmp_path / "hot" / "cache.json").read_text())
+    assert (code, about["temperature"], about["k"]) == (0, 2.0, 9), err
 
 
 @pytest.mark.parametrize("is_better", [False, True])

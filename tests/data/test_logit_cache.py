@@ -168,6 +168,15 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path):
     assert cache.top_k([]) == []
 
 
+def test_equal_trajectories_are_kept_once(tmp_path):
+    ts = some()
+    twice = [replace(t, id=f"again-{t.id}") for t in ts[:3]]
+    cache = write(tmp_path, [*ts[:4], *twice, *ts[4:]], k=4)
+    assert len(cache) == 6 and cache.num_tokens == sum(t.num_targets for t in ts)
+    for a, b in zip(cache.top_k(twice), cache.top_k(ts[:3]), strict=True):
+        assert np.array_equal(a.ids, b.ids)
+
+
 def test_a_stopped_writer_goes_on_where_it_was(tmp_path):
     ts = some()
     with pytest.raises(KeyboardInterrupt):

@@ -74,8 +74,9 @@ def test_a_stopped_generation_goes_on_to_the_same_answers(tmp_path: Path, tiny_f
 
 def test_verdicts_and_filters_mark_and_nothing_is_lost(tmp_path: Path, tiny_folder: Path) -> None:
     verifier = {"kind": "regex", "pattern": "(?s).*[a-m].*", "accept_truncated": True, "workers": 1}
-    report = generate(settings(tmp_path, str(tiny_folder), verifier=verifier))
+    report = generate(settings(tmp_path, str(tiny_folder), verifier=verifier, licence="Apache-2.0"))
     stored = list(TrajectoryStore(tmp_path / "answers"))
+    assert {t.licence for t in stored} == {"Apache-2.0"}
     assert len(stored) == 18 and report["num_kept"] == sum(t.weight != 0 for t in stored)
     assert report["left_out"]["rejected"] == sum(t.verdict.status is Status.REJECT for t in stored if t.verdict) > 0
     assert all(t.weight == 0 for t in stored if t.verdict and not t.verdict.is_accepted)

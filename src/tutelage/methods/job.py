@@ -307,7 +307,7 @@ class Job:
             for name, each, tasks in grading.tasks_by_teacher(settings, measuring.tasks):
                 suffix = "" if name == ANY else f"-{content_hash(name)[:8]}"
                 path = self.root / "evaluation" / f"teacher-check-{i}{suffix}.json"
-                if path.exists():
+                if path.exists() or not each.is_checked or each.cache is not None or each.is_own_average:
                     continue
                 report = grading.check_one(
                     self.bench,
