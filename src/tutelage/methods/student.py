@@ -44,7 +44,7 @@ class Student:
         """What is trained."""
         if not self.is_sharded:
             return Policy(self._load(self.device), fused_layers=self.config.model.fused_layers)
-        policy = Policy(self._load("cpu"))  # each layer goes to the device when it is cut
+        policy = Policy(self._load("cpu"), fused_layers=False)  # each layer goes to the device when it is cut
         sharding.shard(policy, device=self.device)
         return policy
 
