@@ -47,12 +47,12 @@ def together(tmp_path_factory: pytest.TempPathFactory, server: ModelServer, cach
     out = tmp_path_factory.mktemp("together")
     command = [sys.executable, *launcher(2), process_cases.__file__, str(out), str(cache), server.url]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_make_the_steps_of_one(
