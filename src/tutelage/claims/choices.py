@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tutelage.errors import NumericsError
 from tutelage.numerics import (
     clipped_ratio_loss,
     cross_entropy,
@@ -118,19 +119,23 @@ def learn(policy: nn.Module, optimizer: torch.optim.Optimizer, prompts_PD: Tenso
     optimizer.step()
 
 
-def weak_base(seed: int, world: World, *, until: float, batch: int = 64, most: int = 2000) -> nn.Sequential:
+def weak_base(
+    seed: int, world: World, *, until: float, lr: float = 1e-3, batch: int = 64, most: int = 2000, check_every: int = 1
+) -> nn.Sequential:
     """A network shown right answers to new prompts until it solves a share `until` of other ones."""
     policy = network(seed)
     generator = torch.Generator().manual_seed(seed_for(seed, "base") % 2**31)
     held_PD = prompts(512, generator)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
-    for _ in range(most):
-        if score(policy, world, held_PD).pass_at(1) >= until:
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    for step in range(most):
+        if step % check_every == 0 and score(policy, world, held_PD).pass_at(1) >= until:
             return policy
         x_PD = prompts(batch, generator)
         answers_PS = 2 * world.pairs(x_PD) + torch.randint(0, 2, (batch, STEPS), generator=generator)
         learn(policy, optimizer, x_PD, answers_PS)
-    raise RuntimeError(f"the base network did not reach {until} in {most} steps")
+    raise NumericsError(
+        f"a network should reach pass@1 {until:g} in {most} steps of supervision, and did not: ask for less"
+    )
 
 
 def advantages(arm: Arm, is_right_PG: Tensor) -> Tensor:

@@ -49,12 +49,13 @@ class Size:
     """Answers a prompt in rejection sampling and GRPO; distillation and SFT need one."""
     start: float = 0.035
     target: float = 0.3
-    teacher: float = 0.9
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    teacher: float = 0.6
+    """Twice the target."""
+    rates: tuple[float, ...] = (3e-3, 1e-2)
     """An arm's compute is that of its best rate."""
-    most: int = 1500
+    most: int = 600
     check_every: int = 5
-    held_out: int = 1000
+    held_out: int = 500
 
 
 # -- the identity -------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def ledger(seed: int, size: Size) -> dict[str, float]:
     """Operations of SFT, rejection sampling, on-policy distillation and GRPO to the same score, from one base."""
     world = World.of(seed)
     base = weak_base(seed, world, until=size.start)
-    teacher = weak_base(seed, world, until=size.teacher, most=20_000)
+    teacher = weak_base(seed, world, until=size.teacher, lr=3e-3, most=20_000, check_every=50)
     held_PD = prompts(size.held_out, torch.Generator().manual_seed(seed_for(seed, "held out") % 2**31))
     token, train = cost().forward(STEPS), cost().training(STEPS, heads=STEPS)
 
@@ -220,8 +221,8 @@ CLAIM = Claim(
         "over kept tokens breaks it by more than 0.1; after one update on the same draw it differs from the gradient "
         "with importance weights by more than 0.01 (it is the first order only). Then the network of claim 10, all "
         "prompts solvable, from pass@1 0.035 to 0.3, operations by the library's ledger, each method at the best of "
-        "three rates: SFT on right answers, rejection sampling and GRPO with 4 samples a prompt, full-vocabulary "
-        "on-policy distillation from a teacher of 0.9 (its training not counted). Predicted, from the order the "
+        "two rates: SFT on right answers, rejection sampling and GRPO with 4 samples a prompt, full-vocabulary "
+        "on-policy distillation from a teacher of 0.6 (its training not counted). Predicted, from the order the "
         "sources give: rejection sampling costs more than SFT, and less than GRPO and than distillation."
     ),
     measure=measure,
@@ -236,6 +237,6 @@ CLAIM = Claim(
             name="distillation_over_rejection", what="compute of distillation over rejection sampling's", above=1.0
         ),
     ),
-    seeds=tuple(range(5)),
+    seeds=(0, 1, 2, 3),
     minutes=2.0,
 )
