@@ -148,8 +148,9 @@ def _blocks(weights_AV: Tensor) -> tuple[Tensor, Tensor]:
 
 def _place(blocks_ABK: Tensor, ends_AB: Tensor, u_A: Tensor) -> Tensor:
     total_A = ends_AB[:, -1]
-    # The first place whose running sum exceeds the goal has weight, if the goal stays below the last sum: u is below 1,
-    # but u times the total may round up to it, and float32 block sums may lie above their block's own running sum.
+    # The first place whose running sum exceeds the goal has weight, if the goal stays below the last sum. For u of at most
+    # 1 - 2^-53 the first bound only makes sure; the second is needed: a float32 block sum may lie above the float64 sum of
+    # its block.
     goal_A1 = _below(u_A * total_A, total_A)[:, None]
     block_A1 = torch.searchsorted(ends_AB, goal_A1, right=True)
     before_A1 = torch.where(block_A1 > 0, ends_AB.gather(1, (block_A1 - 1).clamp_min(0)), 0.0)
