@@ -89,6 +89,13 @@ def test_of_one_path_the_text_farther_from_the_others_is_kept() -> None:
         assert sorted(kept) == sorted(expected), order
 
 
+def test_of_two_equally_far_the_earlier_text_stays() -> None:
+    texts = [("bbbb", "k2"), ("aaaa", "k1"), ("aacc", "k1")]
+    group = Group(task=TASKS[0], trajectories=tuple(accepted(t, k, f"t{i}") for i, (t, k) in enumerate(texts)))
+    source = Accepted(_Fixed(Draw(groups=(group,))), Keep(distinct="key", order="farthest"))
+    assert [t.completion for t in source.draw(context()) if t.weight] == ["bbbb", "aaaa"]
+
+
 class _Fixed:
     def __init__(self, *draws: Draw) -> None:
         self.draws, self.tasks = list(draws), TASKS

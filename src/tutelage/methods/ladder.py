@@ -1,6 +1,8 @@
-"""The ladder's task, made from nothing: chained sums with a scratchpad, an untrained model, and demonstrations.
+"""The ladder's task: chained sums with a scratchpad, an untrained model, and demonstrations.
 
-A question is `3+8-5+9`, an answer works it off from the left: `3+8=11,11-5=6,6+9=15`. The last number counts.
+A question is `3+8-5+9`, an answer works it off from the left: `3+8=11,11-5=6,6+9=15`. Every step counts, not only the
+last number: where only that does, keeping one of each text makes lucky answers with wrong steps a large share of
+what is kept, and practice makes the model worse.
 """
 
 import json
@@ -25,8 +27,8 @@ class Sum(NamedTuple):
 def write_ladder(
     folder: Path,
     *,
-    demonstrations: int = 1500,
-    questions: int = 256,
+    demonstrations: int = 2000,
+    questions: int = 1024,
     heldout: int = 256,
     terms: tuple[int, int] = (3, 6),
     error: float = 0.15,
@@ -48,7 +50,7 @@ def write_ladder(
         [{"prompt": s.question, "completion": s.worked} for s in shown],
     )
     for name, count in ((QUESTIONS, questions), (HELDOUT, heldout)):
-        _write(folder / name, [{"question": s.question, "answer": s.answer} for s in _sums(rng, count, terms, seen)])
+        _write(folder / name, [{"question": s.question, "answer": s.worked} for s in _sums(rng, count, terms, seen)])
     return weights
 
 
