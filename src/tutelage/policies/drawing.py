@@ -148,9 +148,9 @@ def _blocks(weights_AV: Tensor) -> tuple[Tensor, Tensor]:
 
 def _place(blocks_ABK: Tensor, ends_AB: Tensor, u_A: Tensor) -> Tensor:
     total_A = ends_AB[:, -1]
-    # The first place whose running sum exceeds the goal has weight, if the goal stays below the last sum. For u of at most
-    # 1 - 2^-53 the first bound only makes sure; the second is needed: a float32 block sum may lie above the float64 sum of
-    # its block.
+    # The first place whose running sum exceeds the goal has weight, if the goal stays below the last sum.
+    # For u up to 1 - 2^-53 the first bound only makes sure. The second is needed: a block's float32 sum may lie
+    # above its float64 running sum.
     goal_A1 = _below(u_A * total_A, total_A)[:, None]
     block_A1 = torch.searchsorted(ends_AB, goal_A1, right=True)
     before_A1 = torch.where(block_A1 > 0, ends_AB.gather(1, (block_A1 - 1).clamp_min(0)), 0.0)
