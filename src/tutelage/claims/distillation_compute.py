@@ -114,15 +114,15 @@ CLAIM = Claim(
     line="on-policy distillation reaches the score of RL from the same start with less compute (9 to 30 times)",
     source="Thinking Machines 2025, On-Policy Distillation; the chapter calls its numbers directional, not settled",
     design=(
-        "Grid walks: a student of 48 x 2 stopped at pass@1 about 0.4 (its demonstrations strayed) learns from 128 of "
-        "its own walks a step, with GRPO on whether it arrives (16 tasks, 8 walks each) or distilled from a 64 x 2 "
-        "teacher of about 0.9 (128 tasks, one walk each; reverse KL over the vocabulary, or from the sampled tokens "
-        "alone). Operations by the library's ledger: sampling, the teacher's forward passes, updates; evaluations "
-        "are not counted; to pass@1 0.6 on held-out tasks, for 200 steps at most. Learning rates come "
+        "Grid walks: a student of 48 x 2 stopped at pass@1 about 0.4 on 128 of its tasks (its demonstrations strayed) "
+        "learns from 128 of its own walks a step, with GRPO on whether it arrives (16 tasks, 8 walks each) or "
+        "distilled from a 64 x 2 teacher (128 tasks, one walk each; reverse KL over the vocabulary, or from the "
+        "sampled tokens alone). Operations by the library's ledger: sampling, the teacher's forward passes, updates; "
+        "evaluations are not counted; to pass@1 0.6 on held-out tasks, for 200 steps at most. Learning rates come "
         "from one trial apart: 1e-3 for RL (at 3e-3 it lost score), 3e-3 for distillation (faster than 1e-3). "
-        "Predicted: RL takes more than 1 time the compute of each form of distillation, which reach the score in every "
-        "seed. The ratio is reported beside the published 9 to "
-        "30, and again with the teacher's own training added."
+        "Predicted: RL takes more than 1 time the compute of each form of distillation, which reach the score in "
+        "every seed. The ratio is reported beside the published 9 to 30, and again with the teacher's own training "
+        "added."
     ),
     measure=measure,
     judge=Predictions(

@@ -159,10 +159,10 @@ CLAIM = Claim(
         "The same step: one update on a teacher's draw against one on the same texts as demonstrations (weights equal "
         "to the bit), and, over all completions of a tabular teacher weighted with their probabilities in float64, "
         "the gradient of SFT against that of the forward KL (equal but for rounding). A better teacher: on walks over "
-        "a 5 x 5 grid a student stopped at pass@1 about 0.4 learns 8 epochs from two unfiltered completions for each "
-        "of 400 tasks, of a teacher stopped at about 0.15 and of one trained to about 0.9; pass@1 on the 200 other "
-        "tasks. Predicted: the student falls with the worse teacher and rises with the better, and the library's "
-        "teacher check refuses the one and lets the other pass."
+        "a 5 x 5 grid a student stopped at pass@1 about 0.4 on 128 of its tasks learns 8 epochs from two unfiltered "
+        "completions for each of 400 tasks, of a teacher stopped at about 0.15 and of one trained longer, on better "
+        "walks; pass@1 on the 200 other tasks. Predicted: the student falls with the worse teacher and rises with the "
+        "better, and the library's teacher check refuses the one and lets the other pass."
     ),
     measure=measure,
     judge=Predictions(

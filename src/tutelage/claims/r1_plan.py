@@ -96,11 +96,11 @@ CLAIM = Claim(
     line="the R1 plan: RL, rejection-sample its checkpoint, SFT from the base, RL again; against RL alone",
     source="DeepSeek-R1, arXiv:2501.12948 (about 800K rejection-sampled examples between its two RL stages)",
     design=(
-        "Grid walks: a base of 48 x 2 stopped at pass@1 about 0.4. RL alone: 120 steps of GRPO (16 tasks, 8 walks "
-        "each). The plan has the same budget of operations by the library's ledger: RL for half of it, 8 walks of that "
-        "checkpoint for each of 400 tasks, those that arrive (distinct ones) as SFT data for 2 epochs from the base, "
-        "RL for the rest. Held-out tasks, 16 samples. Predicted: the plan's pass@1 is above RL's alone. pass@8 and "
-        "entropy are reported."
+        "Grid walks: a base of 48 x 2 stopped at pass@1 about 0.4 on 128 of its tasks. RL alone: 120 steps of GRPO "
+        "(16 tasks, 8 walks each). The plan has the same budget of operations by the library's ledger: RL for half of "
+        "it, 8 walks of that checkpoint for each of 400 tasks, those that arrive (distinct ones) as SFT data for 2 "
+        "epochs from the base, RL for the rest. Held-out tasks, 16 samples. Predicted: the plan's pass@1 is above "
+        "RL's alone. pass@8 and entropy are reported."
     ),
     measure=measure,
     judge=Predictions(

@@ -65,6 +65,5 @@ CLAIM = Claim(
         ),
         Prediction(name="least_reached", what="share of runs that reached the score compared at", above=0.99),
     ),
-    seeds=tuple(range(8)),
     minutes=2.0,
 )
