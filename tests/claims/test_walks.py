@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.claims import distillation_compute, off_policy_distillation, on_policy_distillation, r1_plan
+from tutelage.claims import (
+    distillation_compute,
+    off_policy_distillation,
+    on_policy_distillation,
+    on_policy_walks,
+    r1_plan,
+)
 from tutelage.claims.walks import (
     END,
     Arrives,
@@ -127,10 +133,9 @@ def test_off_policy_distillation_runs_small():
 
 # -- claim 6 -----------------------------------------------------------------------------------
 
-SMALL = on_policy_distillation.Size(
-    vocab=5, horizon=6, chain_steps=60, tasks=32, held_out=16, teacher_steps=20, start_steps=20, steps=2, batch=16,
-    students=((8, 1),),
-)  # fmt: skip
+SMALL = on_policy_walks.Size(
+    tasks=24, held_out=8, teacher_steps=20, start_steps=20, steps=2, batch=16, compared=8, students=((8, 1),)
+)
 
 
 def test_occupancy_counts_the_visits_of_a_chain():
@@ -142,21 +147,21 @@ def test_occupancy_counts_the_visits_of_a_chain():
 
 
 def test_the_chain_orders_the_two_extremes_even_when_small():
-    found = on_policy_distillation.chain(0, SMALL)
-    assert found["chain_rkl_fkl_off"] > found["chain_rkl_rkl_on"]
-    assert found["chain_rkl_cut"] == pytest.approx(1 - found["chain_rkl_rkl_on"] / found["chain_rkl_fkl_off"])
+    found = on_policy_distillation.measure(0, on_policy_distillation.Size(vocab=5, horizon=6, steps=60))
+    assert found["rkl_fkl_off"] > found["rkl_rkl_on"]
+    assert found["rkl_cut"] == pytest.approx(1 - found["rkl_rkl_on"] / found["rkl_fkl_off"])
+    on_policy_distillation.CLAIM.judge([found, found])
 
 
 def test_the_gain_ratio_is_gkds():
-    assert on_policy_distillation.gain_ratio(0.3, [0.1, 0.2]) == pytest.approx(2.0)
-    assert on_policy_distillation.gain_ratio(0.3, [-0.1, 0.1]) == pytest.approx(30.0)
-    found = on_policy_distillation.walks(0, SMALL)
-    baseline = [found["walk_gain_seqkd"], found["walk_gain_supervised_kd"]]
+    assert on_policy_walks.gain_ratio(0.3, [0.1, 0.2]) == pytest.approx(2.0)
+    assert on_policy_walks.gain_ratio(0.3, [-0.1, 0.1]) == pytest.approx(30.0)
+    found = on_policy_walks.measure(0, SMALL)
+    baseline = [found["gain_seqkd"], found["gain_supervised_kd"]]
     for arm in ("forward_kl", "reverse_kl"):  # one student: the mean over students is its own
-        expected = on_policy_distillation.gain_ratio(found[f"walk_gain_{arm}"], baseline)
-        assert found[f"walk_gain_ratio_{arm}"] == pytest.approx(expected)
-    both = {**on_policy_distillation.chain(0, SMALL), **found}
-    on_policy_distillation.CLAIM.judge([both, both])
+        expected = on_policy_walks.gain_ratio(found[f"gain_{arm}"], baseline)
+        assert found[f"gain_ratio_{arm}"] == pytest.approx(expected)
+    on_policy_walks.CLAIM.judge([found, found])
 
 
 # -- claim 7 -----------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ def test_walks_render_as_their_ids():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
-    [off_policy_distillation, on_policy_distillation, distillation_compute, r1_plan],
+    [off_policy_distillation, on_policy_distillation, on_policy_walks, distillation_compute, r1_plan],
     ids=lambda m: m.CLAIM.name,
 )
 def test_one_seed_of_the_claim_gives_what_is_judged(module):

@@ -12,6 +12,7 @@ CLAIMS: tuple[str, ...] = (
     "small_models",  # 4
     "off_policy_distillation",  # 5
     "on_policy_distillation",  # 6
+    "on_policy_walks",  # 6
     "distillation_compute",  # 7
     "first_order",  # 8
     "entropy_collapse",  # 9
