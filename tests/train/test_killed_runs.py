@@ -45,6 +45,8 @@ def test_killed_twice(whole: Path, tiny_folder: Path) -> None:
     assert kill_run.differences(whole / "whole", whole / "twice") == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "points"),
     [
