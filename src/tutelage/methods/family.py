@@ -57,6 +57,8 @@ class Imitation(Sampling):
     """What each round trains: previous (RAFT, ReST) or base (STaR, ReST-EM, RFT)."""
     then: Literal["rl", "export"] | None = None
     """After graduation: rl goes on here with a policy gradient; export writes what other trainers need to go on."""
+    then_after: tuple[Literal["GRADUATE", "STOP_NARROWING"], ...] = ("GRADUATE",)
+    """then=rl: the verdicts that it follows."""
     rl: dict[str, Any] = Field(default_factory=dict)
     """then=rl: settings of that stage. Its questions, verifier and rollout are this stage's unless they are set."""
 

@@ -30,12 +30,12 @@ reward, compute_score = reward_functions(Path(__file__).parent)
 
 
 def following(settings: Any, bench: "Workbench") -> list[Stage]:
-    """The RL stage of `then: rl`, carried out if the stage before it ends with GRADUATE."""
+    """The RL stage of `then: rl`, carried out if the stage before it ends as `then_after` says."""
     if getattr(settings, "then", None) != "rl":
         return []
     from tutelage.methods import rl
 
-    return [replace(rl.build(rl_settings(settings), bench), after="GRADUATE")]
+    return [replace(rl.build(rl_settings(settings), bench), after=settings.then_after)]
 
 
 def plan_of(config: "RunConfig", bench: "Workbench") -> list[tuple[Any, Stage]]:

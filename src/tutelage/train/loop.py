@@ -23,8 +23,8 @@ class Stage:
     start_from: str = "previous"
     """What each round's training starts from: "previous" (RAFT, ReST), "base" (STaR, ReST-EM, RFT), "stage:NAME"."""
     monitors: Sequence[Monitor] = field(default_factory=tuple)
-    after: str | None = None
-    """Carried out only if the stage before ended with this verdict, e.g. "GRADUATE"; None always."""
+    after: tuple[str, ...] | None = None
+    """Carried out only if the stage before ended with one of these verdicts, e.g. "GRADUATE"; None always."""
 
 
 def run_plan(plan: Sequence[Stage], session: Session) -> None:

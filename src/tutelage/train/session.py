@@ -198,9 +198,9 @@ class Session:
 
     def is_wanted(self, stage: "Stage") -> bool:
         """False for a stage that waits for another ending of the one before it. The run then says what it skips."""
-        if stage.after is None or stage.after == self.ended_by:
+        if stage.after is None or self.ended_by in stage.after:
             return True
-        why = f"it follows a stage that ends with {stage.after}; the one before ended with {self.ended_by}"
+        why = f"it follows a stage that ends with {' or '.join(stage.after)}; the one before ended with {self.ended_by}"
         self.run.log_event("stage_skipped", {"stage": self.cursor.stage, "name": stage.name, "why": why})
         return False
 
