@@ -10,7 +10,6 @@ from tutelage.claims.base import HOLDS
 from tutelage.claims.choices import World, network, prompts
 from tutelage.claims.registry import load
 from tutelage.claims.results import stored_results
-from tutelage.policies.table import TablePolicy
 
 
 def test_one_objective_to_the_bit():
@@ -55,11 +54,10 @@ def test_entropy_collapse_in_miniature():
         rows=8, table_iterations=100, prompts=32, batch=16, iterations=13, early=4, held_out=50
     )
     numbers = entropy_collapse.measure(0, size)
-    assert numbers == entropy_collapse.measure(0, size)
     assert numbers["table_entropy_grpo"] > numbers["table_entropy_raft"] > 0
     assert 0.9 < numbers["table_accuracy_raft"] <= 1
-    start = entropy_collapse.curves("raft", 0, size)[0]
-    assert start == entropy_collapse.curves("grpo", 0, size)[0]  # both arms start from one base
+    curve = entropy_collapse.curves("raft", 0, size)
+    assert numbers["pass1_base"] == curve[0][0] and numbers["pass1_raft"] == curve[13][0]  # the same seed, the same run
 
 
 def test_same_reward_groups_in_miniature():
@@ -116,13 +114,6 @@ def test_pooled_keeps_gold_and_every_path():
     states, answers = distinct_paths.pooled(x_QD, gold_QS, [[(1, 2, 3, 4), (0, 0, 0, 0)], []])
     assert states.tolist() == [x_QD[0].tolist()] * 3 + [x_QD[1].tolist()]
     assert answers.tolist() == [[1, 2, 3, 4], [1, 2, 3, 4], [0, 0, 0, 0], [5, 6, 7, 0]]
-
-
-def test_a_run_through_the_loop_leaves_its_start_alone():
-    start = TablePolicy(one_objective.VOCAB, seed=1)
-    before = start.table_VD.detach().clone()
-    one_objective.measure(1)
-    assert torch.equal(start.table_VD, before)
 
 
 @pytest.mark.slow
