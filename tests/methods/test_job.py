@@ -156,6 +156,21 @@ def test_lora_trains_adapters_and_saves_a_merged_model(tmp_path: Path, tiny_fold
     assert moved and all("proj" in k for k in moved)
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_masters_start_from_the_stored_weights_and_not_from_their_roundings(
+    tmp_path: Path, tiny_folder: Path, restart: bool
+) -> None:
+    settings = demonstrations(tmp_path, tiny_folder)
+    if restart:  # the second round begins anew from the base
+        settings = rejection(tmp_path, tiny_folder, start_from="base")
+    settings["model"]["precision"] = "bfloat16"
+    settings["train"] |= {"lr": 1e-12, "epochs": 1, "optimizer": "sgd"}
+    job(settings)()
+    base, trained = weights(tiny_folder), weights(tmp_path / "run" / "model")
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in base.values())
+    assert all(torch.allclose(trained[k], base[k], rtol=0, atol=1e-9) for k in base)
+
+
 @pytest.mark.parametrize("stop_at", [1, 9, 21, 37, 60])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, tiny_folder: Path, stop_at: int) -> None:
     job(rejection(tmp_path, tiny_folder, "whole", saving={"every_steps": 2}))()

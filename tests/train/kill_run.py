@@ -26,7 +26,7 @@ POINTS = {
     "evaluating": ("tutelage.evals.evaluate", "sample_tasks"),
     "sampling": ("tutelage.policies.sampler", "draw_tokens"),
     "committing a chunk": ("tutelage.data.rounds", "write_shard"),
-    "judging": ("tutelage.sources.judged", "Judged._judge"),
+    "judging": ("tutelage.sources.judged", "Judged.judge"),
     "keeping": ("tutelage.sources.accepted", "keep_marks"),
     "scoring": ("tutelage.train.trainer", "Trainer.score"),
     "asking the teacher": ("tutelage.policies.teachers", "InProcessTeacher.hidden"),

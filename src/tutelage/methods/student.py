@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tutelage.methods.config import RunConfig
-from tutelage.policies.load import load_model, save_model
+from tutelage.policies.load import DTYPES, load_model, save_model, stored_dtype
 from tutelage.policies.policy import Policy, add_lora, merged_copy
 from tutelage.train import sharding
 from tutelage.train.distributed import Processes
@@ -67,7 +67,15 @@ class Student:
             momentum=train.momentum,
             sum_parts=lambda number: self.processes.sum_numbers({"": number})[""],
         )
+        if not self.config.model.lora and self._is_rounded:
+            optimizer.refine(self.load_base())
         return Trainer(self.policy, optimizer, processes=self.processes, device=self.device)
+
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether loading rounds the stored weights."""
+        dtype = DTYPES[self.precision]
+        return dtype in sharding.LOW_PRECISION and stored_dtype(self.path) != dtype
 
     @property
     def num_changes(self) -> int:
@@ -133,11 +141,11 @@ class Student:
         return _named(load_model(str(folder), dtype="float32" if self.precision != "float64" else "float64"))
 
     def load_base(self) -> Mapping[str, Tensor]:
-        """The weights the run began with."""
+        """The weights the run began with, in the precision of the masters."""
         if self.config.model.lora:
             fresh = self._load("cpu")
             return {n: p.detach().float() for n, p in fresh.named_parameters() if p.requires_grad}
-        return _named(load_model(self.path, dtype=self.precision))
+        return _named(load_model(self.path, dtype="float64" if self.precision == "float64" else "float32"))
 
     def save_final(self, folder: Path) -> None:
         """The trained model as transformers loads it: adapters folded into a copy, in the precision it came in.

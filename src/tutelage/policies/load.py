@@ -83,6 +83,15 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu", attent
     return model.to(device)
 
 
+def stored_dtype(name: str) -> torch.dtype | None:
+    """What the model's configuration says its weights are stored in; None where it says nothing."""
+    from transformers import AutoConfig
+
+    path, revision = resolve_model(name)
+    dtype = getattr(_from_pretrained(AutoConfig, path, revision, name), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
 def _from_pretrained(kind: Any, path: str, revision: str | None, name: str, **options: Any) -> Any:
     is_model = "dtype" in options
     if is_model:

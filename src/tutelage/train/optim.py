@@ -159,6 +159,17 @@ class Optimizer:
         self.num_changes += 1
         self._publish()
 
+    @torch.no_grad()
+    def refine(self, weights: Mapping[str, Tensor]) -> None:
+        """Start the masters from weights of which the parameters are the roundings.
+
+        Masters that start on bfloat16's grid need several small updates in one direction before a parameter moves;
+        those that lie between its points pass the nearest one at once, in proportion to the update. The parameters
+        stay as they are.
+        """
+        for name, master in self.masters.items():
+            master.copy_(self._part(name, weights[name]))
+
     def weights(self) -> dict[str, Tensor]:
         """Name -> master, for saving: the weights in full precision. Sharded ones: within `gathered`, first process."""
         if not self.is_sharded:
