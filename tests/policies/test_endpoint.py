@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+import torch
 from vllm_fake_server import FakeVLLM
 
 from tutelage.errors import ConfigError, MissingExtra, SamplerError
@@ -407,6 +408,7 @@ def test_the_command_is_set_up_for_exact_logprobs(tmp_path, monkeypatch):
     for part in ("--logprobs-mode processed_logprobs", "--generation-config vllm", "--max-model-len 99", "--seed 1"):
         assert part in command
     assert "--host 127.0.0.1" in command and process._env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert ("--no-enable-chunked-prefill" in command) == (not torch.cuda.is_available())
     assert process._env["A"] == "b" and process._env["HF_HUB_OFFLINE"] == "1"
 
 

@@ -173,7 +173,8 @@ def vllm_process(
 
     The settings that matter: log-probabilities of the distribution that was sampled (`processed_logprobs`), nothing
     from the model's `generation_config`, the routes that take new weights (development mode, loopback only), and the
-    worker extension that loads them.
+    worker extension that loads them. Without a GPU prompts are read whole: vLLM's engine dies of a seeded request
+    whose prompt is read in parts ("CPU Generator does not use offset", 0.32).
 
     Args:
         model: folder, or `org/name`.
@@ -188,11 +189,13 @@ def vllm_process(
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-logprobs", str(max_logprobs)]
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    if is_eager is None:
-        import torch
+    import torch
 
-        is_eager = not torch.cuda.is_available()
+    is_cpu = not torch.cuda.is_available()
+    is_eager = is_cpu if is_eager is None else is_eager
     command += ["--enforce-eager"] if is_eager else []
+    if is_cpu:  # a prompt read in parts steps its seeded generator back by an offset, which CPU generators lack
+        command += ["--no-enable-chunked-prefill"]
     command += ["--worker-extension-cls", "tutelage_vllm_worker.Extension"]
     if max_model_len:
         command += ["--max-model-len", str(max_model_len)]
