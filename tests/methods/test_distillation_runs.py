@@ -11,6 +11,7 @@ from tutelage.data.store import TrajectoryStore
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
+from tutelage.policies.teachers import load_teacher
 from tutelage.testing.tiny import save_tiny
 from tutelage.train.stop import StopRequest
 
@@ -114,6 +115,27 @@ def test_off_policy_distillation_from_the_teachers_answers(
     run(settings)
     log = [m["train/loss"] for m in metrics(tmp_path / "run")]
     assert len(log) == 10 and log[-1] < log[0]
+
+
+@pytest.mark.parametrize(("quantise", "most"), [("8bit", 0.08), ("4bit", 1e-3)])
+def test_a_quantised_teacher_answers_and_grades_with_the_same_weights(
+    tmp_path: Path, tiny_folder: Path, quantise: str, most: float
+) -> None:
+    """8 bits: which inputs are outliers, and so kept whole, is decided over the batch; scores move with it."""
+    teacher = save_tiny(tmp_path / "teacher", seed=5, width=64)
+    settings = on_policy(tmp_path, tiny_folder, teacher) | {"method": "distill_off_policy"}
+    settings["teacher"] = {"name": str(teacher), "is_checked": False, "quantise": quantise}
+    settings["divergence"] = {"kind": "reverse_kl", "alpha": 0.0}
+    del settings["rounds"]
+    settings["rollout"] = {"n": 2, "max_new_tokens": 6}
+    run(settings)
+    drawn = list(TrajectoryStore(tmp_path / "run" / "trajectories"))
+    sampled = [lp for t in drawn for s in t.spans if s.is_sampled for lp in s.logprobs or ()]
+    apart = {}
+    for form in (quantise, None):
+        scores = load_teacher(str(teacher), dtype="float32", quantise=form).score(drawn)
+        apart[form] = max(abs(a - b) for a, b in zip(sampled, (x for row in scores for x in row), strict=True))
+    assert apart[quantise] < most < 3 * most < apart[None], apart
 
 
 def test_a_teacher_that_is_not_better_stops_the_run_with_the_numbers(

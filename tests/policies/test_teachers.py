@@ -28,12 +28,12 @@ from tutelage.types import SampleRequest, SamplingParams, Span, TargetRow, Traje
 VOCAB = 60
 
 
-def tiny(seed=0, width=16, vocab=VOCAB, **extra):
+def tiny(seed=0, width=16, vocab=VOCAB, inner=24, **extra):
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=vocab,
         hidden_size=width,
-        intermediate_size=24,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -292,11 +292,28 @@ def test_different_end_of_turn_ids_are_detected():
 
 def test_a_quantised_teacher_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("tutelage.policies.teachers.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match="pip install bitsandbytes"):
+    monkeypatch.setattr("tutelage.policies.load.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'tutelage\[quantised\]'"):
         load_teacher("smollm2-135m-instruct", quantise="4bit")
     with pytest.raises(ConfigError, match="3bit"):
         load_teacher("smollm2-135m-instruct", quantise="3bit")
+
+
+@pytest.mark.parametrize(("quantise", "kind", "most"), [("8bit", "Linear8bitLt", 1e-3), ("4bit", "Linear4bit", 0.1)])
+def test_a_quantised_teacher_is_near_the_whole_one(tmp_path, quantise, kind, most):
+    """Through bitsandbytes itself: layers in 8 or 4 bits, output layer whole, and the KL that this costs."""
+    model = tiny(width=64, inner=128)
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), dtype="bfloat16", quantise=quantise)
+    assert type(teacher.policy.causal_model.model.layers[0].mlp.up_proj).__name__ == kind
+    assert teacher.policy.output_layer.weight_VD.dtype == torch.bfloat16
+    batch = collate([TargetRow(trajectory=some()[0], columns={"weight_C": np.ones(3)}, count=1)])
+    own, other = (
+        (t.hidden(batch).float() @ t.output_layer.weight_VD.float().T).log_softmax(-1)
+        for t in (InProcessTeacher(model.bfloat16()), teacher)
+    )
+    divergence = (own.exp() * (own - other)).sum(-1)
+    assert 0 < divergence.mean() < most
 
 
 def test_a_saved_model_is_loaded_as_a_teacher(tmp_path):

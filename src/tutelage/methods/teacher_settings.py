@@ -30,7 +30,7 @@ class TeacherSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the teacher's weights."""
     quantise: Literal["4bit", "8bit"] | None = None
-    """Load the teacher's weights shortened, through bitsandbytes."""
+    """Load the teacher's linear layers in 8 bits (LLM.int8) or 4 (NF4), through bitsandbytes."""
     is_checked: bool = True
     """Compare teacher and student on the held-out questions first, and stop where the teacher is not better."""
     allow_worse: bool = False

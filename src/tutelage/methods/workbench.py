@@ -34,7 +34,7 @@ from tutelage.methods.student import Student
 from tutelage.methods.teacher_settings import TeacherSettings
 from tutelage.policies.load import load_model, load_tokenizer
 from tutelage.policies.policy import Policy
-from tutelage.policies.teachers import InProcessTeacher, load_teacher
+from tutelage.policies.teachers import InProcessTeacher
 from tutelage.text import ChatText
 from tutelage.train.distributed import Processes
 from tutelage.train.session import Weights
@@ -73,7 +73,7 @@ class Workbench:
         self._task_sets: dict[str, tuple[list[Task], list[Task]]] = {}
         self._verifiers: dict[str, Verifier] = {}
         self._teachers: dict[str, Any] = {}
-        self._teacher_policies: dict[str, Policy] = {}
+        self._teacher_policies: dict[tuple[str, str, str | None], Policy] = {}
 
     # -- the model -----------------------------------------------------------------------------
 
@@ -217,10 +217,12 @@ class Workbench:
         """A teacher, where its settings say it is, or any model by path or name."""
         if name == MIXED:
             return mixed_sampler(self)
-        served = {t.name: t for s in self.config.stages for _, t in teachers_of(s) if t.url is not None}
-        if name in served:
-            return self.rollouts.served(servers_of(addresses(served[name].url), served[name].server), name)
-        return self.rollouts.in_process(self.teacher_policy(name).model, name)
+        teacher = next((t for s in self.config.stages for _, t in teachers_of(s) if t.name == name), None)
+        if teacher is None:
+            return self.rollouts.in_process(self.teacher_policy(name).model, name)
+        if teacher.url is not None:
+            return self.rollouts.served(servers_of(addresses(teacher.url), teacher.server), name)
+        return self.rollouts.in_process(self.teacher_policy(name, teacher.precision, teacher.quantise).model, name)
 
     def base_scorer(self) -> InProcessTeacher:
         """The model the run began with, as a scorer of tokens."""
@@ -249,14 +251,11 @@ class Workbench:
 
     def teacher_policy(self, name: str, precision: str = "auto", quantise: str | None = None) -> Policy:
         """The teacher's model, loaded once: it samples and grades with the same weights."""
-        if name not in self._teacher_policies:
-            dtype = self.precision if precision == "auto" else precision
-            if quantise is None:
-                policy = Policy(load_model(self.beside(name), dtype=dtype, device=self.device))
-            else:
-                policy = load_teacher(self.beside(name), dtype=dtype, device=self.device, quantise=quantise).policy
-            self._teacher_policies[name] = policy
-        return self._teacher_policies[name]
+        dtype = self.precision if precision == "auto" else precision
+        key = (self.beside(name), dtype, quantise)
+        if key not in self._teacher_policies:
+            self._teacher_policies[key] = Policy(load_model(key[0], dtype=dtype, device=self.device, quantise=quantise))
+        return self._teacher_policies[key]
 
     def beside(self, name: str) -> str:
         """A model's name, as a path where there is such a folder beside the config (a run's folder: its model)."""

@@ -1,15 +1,17 @@
 """Load a causal language model and its tokenizer by path or hub name; save them so that transformers loads them."""
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, MissingExtra
 from tutelage.policies import smollm2
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -67,20 +69,51 @@ def separate_pad(tokenizer: Any) -> str | None:
     return None
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "cpu", attention: str | None = None) -> Any:
+def load_model(
+    name: str, *, dtype: str = "float32", device: str = "cpu", attention: str | None = None, quantise: str | None = None
+) -> Any:
     """A causal language model, safetensors only, without running code from the hub.
+
+    Args:
+        quantise: "8bit" (LLM.int8) or "4bit" (NF4, scales quantised too): the linear layers' weights through
+            bitsandbytes; embeddings and output layer stay in `dtype`. Such a model is read, never trained.
 
     Raises:
         ConfigError: the model cannot be found or read; the message says what was tried.
+        MissingExtra: `quantise` without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ConfigError(f"model dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     path, revision = resolve_model(name)
-    extra = {"attn_implementation": attention} if attention else {}
-    model = _from_pretrained(AutoModelForCausalLM, path, revision, name, dtype=DTYPES[dtype], **extra)
-    return model.to(device)
+    extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if quantise is None:
+        return _from_pretrained(AutoModelForCausalLM, path, revision, name, dtype=DTYPES[dtype], **extra).to(device)
+    extra |= {"quantization_config": _quantisation(quantise, DTYPES[dtype]), "device_map": {"": device}}
+    return _from_pretrained(AutoModelForCausalLM, path, revision, name, dtype=DTYPES[dtype], **extra)
+
+
+def _quantisation(bits: str, dtype: torch.dtype) -> Any:
+    if bits not in ("4bit", "8bit"):
+        raise ConfigError(f'quantise must be "4bit", "8bit" or absent, got {bits!r}')
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtra(f"{bits} weights need bitsandbytes, which is missing: pip install 'tutelage[quantised]'")
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that int8 products are of float16 inputs, which bitsandbytes says at every layer."""
+    return "will be cast" not in record.getMessage()
 
 
 def stored_dtype(name: str) -> torch.dtype | None:

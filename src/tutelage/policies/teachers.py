@@ -8,7 +8,6 @@ targets at a time.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor
 from tutelage.data.collate import Batch, collate
 from tutelage.data.logit_cache import TopK
 from tutelage.data.pack import microbatches
-from tutelage.errors import CheckpointError, ConfigError, DataError, MissingExtra, SamplerError
+from tutelage.errors import CheckpointError, ConfigError, DataError, SamplerError
 from tutelage.numerics.logprobs import at_least_float32, target_logprobs
-from tutelage.policies.load import DTYPES, load_model, resolve_model
+from tutelage.policies.load import load_model
 from tutelage.policies.policy import OutputLayer, Policy
 from tutelage.types import TargetRow, Trajectory
 
@@ -479,29 +478,11 @@ def load_teacher(
     """A teacher by path or hub name.
 
     Args:
-        quantise: None, "8bit" or "4bit": weights through bitsandbytes, the output layer left as it is.
+        quantise: None, "8bit" or "4bit", as in `load_model`.
         options: those of `InProcessTeacher`.
 
     Raises:
         ConfigError: the model cannot be loaded. MissingExtra: bitsandbytes is not installed.
     """
-    if quantise is None:
-        return InProcessTeacher(load_model(model, dtype=dtype, device=device), **{"name": model, **options})
-    if quantise not in ("4bit", "8bit"):
-        raise ConfigError(f'quantise must be "4bit", "8bit" or absent, got {quantise!r}')
-    if find_spec("bitsandbytes") is None:
-        raise MissingExtra(f"a {quantise} teacher needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    path, revision = resolve_model(model)
-    config = BitsAndBytesConfig(load_in_4bit=quantise == "4bit", load_in_8bit=quantise == "8bit")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=revision,
-        quantization_config=config,
-        dtype=DTYPES[dtype],
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    loaded = load_model(model, dtype=dtype, device=device, quantise=quantise)
     return InProcessTeacher(loaded, **{"name": model, **options})
