@@ -28,9 +28,17 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes: run verifier
 
 
 def console(is_json: bool = False) -> Console:
-    """Messages go to stderr where stdout carries JSON. In a file or pipe lines are not folded at 80 columns."""
-    out = Console(stderr=is_json, highlight=False)
-    return out if out.is_terminal else Console(stderr=is_json, highlight=False, width=120)
+    """Messages go to stderr where stdout carries JSON. In a file or pipe lines are not folded at 80 columns.
+
+    Of several processes only the first speaks.
+    """
+    out = Console(stderr=is_json, highlight=False, quiet=not is_first_process())
+    return out if out.is_terminal else Console(stderr=is_json, highlight=False, width=120, quiet=out.quiet)
+
+
+def is_first_process() -> bool:
+    """False in all but one of the processes that a launcher started together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command()
@@ -173,7 +181,8 @@ def _say(kind: str, message: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, default=str))
+    if is_first_process():
+        print(json.dumps(value, indent=2, default=str))
 
 
 from tutelage.cli.teacher import app as teacher_app  # noqa: E402  (needs what is defined above)
