@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 import process_cases
 from model_server import ModelServer
 from process_cases import CASES, run_case
-from test_two_processes import launcher
+from test_two_processes import launched
 
 from tutelage.data.logit_cache import write_logit_cache
 from tutelage.policies.teachers import InProcessTeacher
@@ -45,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory, server: ModelServer, cache: Path) -> Path:
     """What two processes made of every case."""
     out = tmp_path_factory.mktemp("together")
-    command = [sys.executable, *launcher(2), process_cases.__file__, str(out), str(cache), server.url]
+    command = [sys.executable, *launched(2, "torchrun"), process_cases.__file__, str(out), str(cache), server.url]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,15 +47,19 @@ def settings(folder: Path, model: Path, run: str) -> Path:
     return path
 
 
-def launcher(processes: int) -> list[str]:
+def launched(processes: int, by: str) -> list[str]:
+    """Python's arguments that start so many processes over gloo. `accelerate launch --cpu` would start one."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    if by == "torchrun":
+        return ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    options = [f"--num_processes={processes}", f"--main_process_port={port}", "--num_machines=1"]
+    return ["-m", "accelerate.commands.launch", "--multi_gpu", *options, "--mixed_precision=no", "--dynamo_backend=no"]
 
 
-def start(processes: int, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, *(launcher(processes) if processes > 1 else []), "-m", "tutelage", *arguments]
+def start(processes: int, *arguments: str, by: str = "torchrun") -> subprocess.Popen:
+    command = [sys.executable, *(launched(processes, by) if processes > 1 else []), "-m", "tutelage", *arguments]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -115,7 +119,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 def test_two_processes_make_the_steps_of_one_and_either_resumes_the_other(
     one: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    two = start(2, "train", str(settings(tmp_path, tiny_folder, "two")))
+    two = start(2, "train", str(settings(tmp_path, tiny_folder, "two")), by="accelerate")
     assert finish(two) == 0
     assert resolved(tmp_path / "two")["processes"] == 2
     cut = start(2, "train", str(settings(tmp_path, tiny_folder, "cut")))
