@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tutelage.data.logit_cache import write_logit_cache
-from tutelage.errors import DataError
+from tutelage.errors import ConfigError, DataError
 from tutelage.numerics import divergence as kl
 from tutelage.policies.policy import Policy, add_lora
 from tutelage.policies.teachers import InProcessTeacher, SelfTeacher
@@ -15,7 +15,7 @@ from tutelage.signals.distribution import TeacherDistribution
 from tutelage.signals.minillm import MiniLLM
 from tutelage.signals.routing import HintedPrompt, with_hint, with_system
 from tutelage.signals.sampled import SampledLogRatio
-from tutelage.testing.tiny import tiny_model, tiny_tokenizer
+from tutelage.testing.tiny import CHATML, tiny_model, tiny_tokenizer
 from tutelage.text.chat import ChatText
 from tutelage.types import Task
 
@@ -144,6 +144,20 @@ def test_a_hint_that_needs_what_the_task_lacks_is_refused():
         HintedPrompt(text, with_hint("{answer}"))(task, y)
     with pytest.raises(DataError, match="'plan'"):
         HintedPrompt(text, with_hint("{plan}"))(task, y)
+    for template in ("{answer.foo}", "{answer[plan]}", "{answer[9]}", "{answer:d}"):
+        with pytest.raises(DataError, match="the hint"):
+            HintedPrompt(text, with_hint(template))(replace(task, answer="4"), y)
+
+
+@pytest.mark.parametrize("template", ["{}", "{0}", "a { b", "b } a", "{.foo}"])
+def test_a_hint_that_is_no_template_is_refused_before_any_task_is_seen(template):
+    with pytest.raises(ConfigError, match="named fields"):
+        with_hint(template)
+
+
+def test_braces_can_be_part_of_a_hint():
+    task = Task(id="q", messages=({"role": "user", "content": "2+2?"},), answer="4")
+    assert with_hint("{{answer}} is {answer}")(task).messages[0]["content"] == "2+2?\n\n{answer} is 4"
 
 
 def test_self_distillation_moves_the_student_towards_its_hinted_self():
@@ -163,3 +177,56 @@ def test_self_distillation_moves_the_student_towards_its_hinted_self():
     trained = dict(policy.named_parameters())
     want = dict(zip(trained, torch.autograd.grad(kl.forward_kl(s, t).mean(), list(trained.values())), strict=True))
     assert_near(got, want)
+
+
+OPENED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
+THINKING = CHATML.replace(
+    "+ (message['content'] or '')",
+    "+ ('<think></think>' if message['role'] == 'assistant' else '') + (message['content'] or '')",
+)
+
+
+def said(*texts, tool=()):
+    roles = ["tool" if i in tool else "user" if i % 2 == 0 else "assistant" for i in range(len(texts))]
+    return tuple({"role": r, "content": c} for r, c in zip(roles, texts, strict=True))
+
+
+def recorded(text, messages, **options):
+    last = max(i for i, m in enumerate(messages) if m["role"] != "assistant")
+    task = Task(id="q", messages=messages[: last + 1], answer="4")
+    return [
+        (task, replace(cases.trajectory((1,)), spans=tuple(spans), messages=messages))
+        for spans in text.render_conversation(messages, **options)
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, OPENED, THINKING], ids=["plain", "opened", "closed"])
+@pytest.mark.parametrize("train", ["all", "last"])
+@pytest.mark.parametrize("tool", [(), (2,)], ids=["two questions", "a tool's result"])
+def test_in_a_conversation_the_hint_goes_before_the_first_trained_turn(template, train, tool):
+    text = ChatText(tiny_tokenizer(), template=template)
+    messages = said("A?", "one", "B?", "two", tool=tool)
+    [(task, own)] = recorded(text, messages, train=train)
+    seen = text.decode(HintedPrompt(text, with_hint("psst"))(task, own).token_ids)
+    asked = "B?" if train == "last" else "A?"
+    assert seen == text.decode(own.token_ids).replace(asked, f"{asked}\n\npsst")
+    told = text.decode(HintedPrompt(text, with_system("Be brief."))(task, own).token_ids)
+    assert told == "<|im_start|>system\nBe brief.<|im_end|>\n" + text.decode(own.token_ids)
+
+
+def test_each_part_of_a_split_conversation_gets_the_hint():
+    text = ChatText(tiny_tokenizer())
+    messages = said("A?", "one", "B?", "two", "C?", "three")
+    parts = recorded(text, messages, overlong="split", max_tokens=45)
+    assert len(parts) == 3
+    for (task, own), asked in zip(parts, "ABC", strict=True):
+        seen = text.decode(HintedPrompt(text, with_hint("psst"))(task, own).token_ids)
+        assert seen.count("psst") == 1 and seen == text.decode(own.token_ids).replace(f"{asked}?", f"{asked}?\n\npsst")
+
+
+def test_a_prompt_that_is_not_of_its_messages_cannot_be_hinted():
+    text = ChatText(tiny_tokenizer())
+    [(task, own)] = recorded(text, said("A?", "one"))
+    other = replace(task, messages=said("B?"))
+    with pytest.raises(DataError, match="not what the chat template makes of its messages"):
+        HintedPrompt(text, with_hint("psst"))(other, replace(own, messages=()))

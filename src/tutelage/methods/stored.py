@@ -82,7 +82,8 @@ def _rendered(
 
 def _task(t: Trajectory) -> Task:
     last = max((i for i, m in enumerate(t.messages) if m["role"] != "assistant"), default=0)
-    return Task(id=t.task_id, messages=tuple(t.messages[: last + 1]), name=t.task_name)
+    tools = tuple(t.extra.get("tools") or ())
+    return Task(id=t.task_id, messages=tuple(t.messages[: last + 1]), name=t.task_name, tools=tools)
 
 
 def _sentences(path: Path, counts: dict[str, int]) -> list[str]:

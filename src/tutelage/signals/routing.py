@@ -3,9 +3,12 @@
 Dimension letters:  N  targets of a batch   E  teacher's hidden width
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from tutelage.data.collate import Batch, collate
 from tutelage.data.pack import microbatches
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, TemplateError
 from tutelage.types import Draw, Span, TargetRow, Task, Trajectory
 
 View = Callable[[Task, Trajectory], Trajectory]
@@ -154,21 +157,90 @@ class Router:
 class HintedPrompt:
     """The teacher is asked another question than the student: with a hint, a demonstration or a system prompt.
 
-    The completion's ids stay the same; only what comes before the first sampled token is rendered anew. A `view` for
-    the distillation signals.
+    The trained tokens stay the same; only the prompt before the first of them is rendered anew. In a conversation of
+    several turns that prompt is the messages up to the first trained turn, and the turns after it follow as they are.
+    A `view` for the distillation signals.
 
     Args:
         text: `text.ChatText`.
         hint: the task as the teacher is to see it; `with_system`, `with_hint` make common ones.
+
+    Raises (when used):
+        DataError: what stands before the first trained token is no prompt of the trajectory's messages.
     """
 
     def __init__(self, text: Any, hint: Callable[[Task], Task]) -> None:
         self.text, self.hint = text, hint
 
     def __call__(self, task: Task, trajectory: Trajectory) -> Trajectory:
-        first = next((i for i, s in enumerate(trajectory.spans) if s.is_sampled), len(trajectory.spans))
-        prompt: list[Span] = list(self.text.render_prompt(self.hint(task)))
-        return replace(trajectory, spans=(*prompt, *trajectory.spans[first:]))
+        first = next((i for i, s in enumerate(trajectory.spans) if s.is_trainable), None)
+        if first is None:
+            return trajectory
+        asked, header, dropped = self._asked(task, trajectory, trajectory.spans[:first])
+        prompt = self.text.render_prompt(self.hint(asked))
+        ids = _ids(prompt)
+        if dropped and ids[-len(dropped) :] != dropped:
+            raise DataError(
+                f"the template begins the answer of trajectory {trajectory.id!r} in another way than that of its "
+                "prompt with the hint: leave the hint out, or use a template that begins all answers alike"
+            )
+        prompt = _cut(prompt, 0, len(ids) - len(dropped))
+        return replace(trajectory, spans=(*prompt, *header, *trajectory.spans[first:]))
+
+    def _asked(
+        self, task: Task, trajectory: Trajectory, before: Sequence[Span]
+    ) -> tuple[Task, list[Span], tuple[int, ...]]:
+        """The part of the conversation that `before` shows; what a template adds after its prompt (an empty think
+        block), and what its prompt has at the end that `before` has not."""
+        shown = _ids(before)
+        for messages in _prompts(task, trajectory):
+            asked = replace(task, messages=messages)
+            try:
+                prompt = self.text.render_prompt(asked)
+            except TemplateError:  # the template does not take this part on its own
+                continue
+            ids = _ids(prompt)
+            common = min(len(ids), len(shown))
+            rest, dropped = _cut(before, common, len(shown)), _cut(prompt, common, len(ids))
+            if ids[:common] == shown[:common] and all(s.role == "template" for s in (*rest, *dropped)):
+                return asked, rest, _ids(dropped)
+        raise DataError(
+            f"the teacher's hint or system prompt goes into the prompt of trajectory {trajectory.id!r}, and its "
+            f"{len(shown)} tokens before the first trained one are not what the chat template makes of its messages: "
+            "render the data anew with the student's tokenizer and template, or leave the teacher's hint and system "
+            "prompt out"
+        )
+
+
+def _prompts(task: Task, trajectory: Trajectory) -> Iterator[tuple[Any, ...]]:
+    """Parts of a conversation that end where the assistant is to speak: from its beginning, then (an overlong one that
+    was split) without its earlier turns."""
+    own, whole = tuple(task.messages), tuple(trajectory.messages)
+    conversations = [whole] if whole[: len(own)] == own else [own, whole]
+    for messages in conversations:
+        roles = [m["role"] for m in messages]
+        ends = [i for i in range(1, len(roles) + 1) if roles[i - 1] != "assistant" == (*roles, "assistant")[i]]
+        lead = len(list(takewhile(lambda role: role in ("system", "developer"), roles)))
+        for end in ends:
+            yield messages[:end]
+        for end in ends:
+            yield from ((*messages[:lead], *messages[i:end]) for i in range(lead + 1, end) if roles[i] == "user")
+
+
+def _ids(spans: Iterable[Span]) -> tuple[int, ...]:
+    return tuple(token for s in spans for token in s.token_ids)
+
+
+def _cut(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The spans of a stretch of a prompt, by token."""
+    out, at = [], 0
+    for s in spans:
+        ids = s.token_ids[max(0, start - at) : max(0, stop - at)]
+        at += len(s.token_ids)
+        if ids:
+            kept = s if len(ids) == len(s.token_ids) else Span(token_ids=ids, role=s.role, author=s.author)
+            out.append(kept)
+    return out
 
 
 def with_system(prompt: str) -> Callable[[Task], Task]:
@@ -184,18 +256,31 @@ def with_system(prompt: str) -> Callable[[Task], Task]:
 def with_hint(template: str) -> Callable[[Task], Task]:
     """A hint after the last message: `template` with {answer} and the task's metadata filled in.
 
-    Raises (when used):
-        DataError: the template asks for something the task does not have.
+    Raises:
+        ConfigError: the template is no format string of named fields, e.g. "{}" or an unpaired brace.
+        DataError: (when used) the template asks for something the task does not have.
     """
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        if not all(re.match(r"[^.\[\d]", name) for name in names):
+            raise ValueError("a field without a name")
+    except ValueError as error:
+        raise ConfigError(
+            f"the hint {template!r} must be text with named fields, e.g. {{answer}}, and has {error}; write {{{{ and "
+            "}} for braces themselves"
+        ) from error
 
     def change(task: Task) -> Task:
         known = {**task.metadata, "answer": task.answer}
+        if task.answer is None and any(re.split(r"[.\[]", name)[0] == "answer" for name in names):
+            raise DataError(f"the hint {template!r} needs an answer and task {task.id!r} has none")
         try:
             hint = template.format(**known)
-        except KeyError as error:
-            raise DataError(f"the hint {template!r} needs {error} and task {task.id!r} has {sorted(known)}") from error
-        if task.answer is None and "{answer" in template:
-            raise DataError(f"the hint {template!r} needs an answer and task {task.id!r} has none")
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the hint {template!r} needs {error} and task {task.id!r} has {sorted(known)}: name fields that "
+                "every task has"
+            ) from error
         *before, last = task.messages
         return replace(task, messages=(*before, {**last, "content": f"{last['content']}\n\n{hint}"}))
 
