@@ -50,6 +50,21 @@ def test_generate_cache_and_exit_codes(
     code, _, err = command(capsys, monkeypatch, "cache", tiny_folder, tmp_path / "a", *hot)
     about = json.loads((tmp_path / "hot" / "cache.json").read_text())
     assert (code, about["temperature"], about["k"]) == (0, 2.0, 9), err
+    config = {
+        "method": "distill_off_policy",
+        "model": {"name": str(tiny_folder), "system_prompt": "Say a number."},
+        "teacher": {"name": str(tiny_folder)},
+        "tasks": {"path": "q.jsonl"},
+        "divergence": {"kind": "forward_kl", "temperature": 3},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    own = ["cache", tmp_path / "c.yaml", f"data.path={tmp_path / 'q.jsonl'}", "--out", tmp_path / "own", "--json"]
+    code, out, err = command(capsys, monkeypatch, *own)
+    assert code == 0 and json.loads(out)["num_trajectories"] == 2, err
+    about = json.loads((tmp_path / "own" / "cache.json").read_text())
+    assert (about["temperature"], about["teacher"]) == (3.0, str(tiny_folder))
+    code, _, err = command(capsys, monkeypatch, "cache", tiny_folder, "k=3", "--out", tmp_path / "none")
+    assert code == 2 and "TEACHER and DATA" in err
 
 
 @pytest.mark.parametrize("is_better", [False, True])

@@ -233,8 +233,11 @@ def test_what_does_not_match_is_refused(tmp_path):
     cache = write(tmp_path, ts, k=4)
     with pytest.raises(DataError, match=r"tokenizer 'T1'.*'T2'"):
         LogitCache(tmp_path, tokenizer="T2")
-    with pytest.raises(DataError, match=r"vocab_size 7.*9"):
-        LogitCache(tmp_path, vocab_size=9)
+    with pytest.raises(DataError, match=r"7 entries.*has 5.*--student"):
+        LogitCache(tmp_path, vocab_size=5)
+    assert LogitCache(tmp_path, vocab_size=9, num_ids=7).vocab_size == 7
+    with pytest.raises(DataError, match="ids up to 8"):
+        LogitCache(tmp_path, vocab_size=9, num_ids=9)
     with pytest.raises(DataError, match="other tokens"):
         cache.top_k([replace(ts[0], tokenizer="T2")])
     with pytest.raises(DataError, match=r"'t9'.*not in the logit cache.*6 trajectories"):
@@ -247,6 +250,13 @@ def test_what_does_not_match_is_refused(tmp_path):
         write(tmp_path, ts, k=5)
     with pytest.raises(ConfigError, match="trajectories"):
         write(tmp_path, ts[:-1], k=4)
+    with pytest.raises(ConfigError, match="weights '' there, 'retrained' wanted"):
+        write(tmp_path, ts, k=4, weights="retrained")
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="above 0"):
+            write(tmp_path / "new", ts, k=4, temperature=temperature)
+    with pytest.raises(ConfigError, match="k must be between 1"):
+        write(tmp_path / "new", ts, k=0)
     with pytest.raises(DataError, match="tokenizer T2"):
         write(tmp_path / "new", [replace(ts[0], tokenizer="T2")], k=4)
 

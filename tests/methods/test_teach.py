@@ -18,6 +18,7 @@ from tutelage.methods.job import Job
 from tutelage.methods.settings import DataSettings
 from tutelage.methods.stored import stored_groups
 from tutelage.sources.cleaned import TextRules, cleaned, left_out, longest_paragraph
+from tutelage.testing.tiny import save_tiny
 from tutelage.text import ChatText
 from tutelage.types import Group, Span, Status, Task, Trajectory, Verdict
 
@@ -215,18 +216,95 @@ def test_other_tokenizers_are_rendered_anew_and_long_ones_reported(tmp_path: Pat
         stored_groups(tmp_path / "s", DataSettings(path="x", max_length=60), text, lambda *a: None)
 
 
+def cached_run(folder: Path, student: Path, teacher: Path, **more: Any) -> dict[str, Any]:
+    teaching = {"method": "distill_off_policy", "divergence": {"kind": "forward_kl"}}
+    cached = {"name": str(teacher), "cache": str(folder / "cache"), "is_checked": False}
+    return sft(folder, student) | teaching | {"teacher": cached} | more
+
+
 def test_a_cache_of_the_stored_answers_teaches(tmp_path: Path, tiny_folder: Path) -> None:
     generate(settings(tmp_path, str(tiny_folder)))
-    written = teach.cache(str(tiny_folder), str(tmp_path / "answers"), tmp_path / "cache", tmp_path)
+    written = teach.cache(teach.cache_config(str(tiny_folder), str(tmp_path / "answers")), tmp_path / "cache")
     kept = [t for t in TrajectoryStore(tmp_path / "answers") if t.weight]
     assert written["num_tokens"] == sum(t.num_targets for t in {t.token_ids: t for t in kept}.values())
-    more = {
-        "method": "distill_off_policy",
-        "teacher": {"name": str(tiny_folder), "cache": str(tmp_path / "cache")},
-        "divergence": {"kind": "forward_kl"},
-    }
-    config, folder = load_config(sft(tmp_path, tiny_folder) | more)
+    config, folder = load_config(cached_run(tmp_path, tiny_folder, tiny_folder))
     assert Job(config, folder)()["counts"]["steps"] == -(-len(kept) // 9)
+
+
+@pytest.mark.parametrize(("student_width", "teacher_width"), [(272, 259), (259, 272)])
+def test_a_cache_holds_what_two_padded_vocabularies_share(
+    tmp_path: Path, student_width: int, teacher_width: int
+) -> None:
+    student = save_tiny(tmp_path / "student", vocab_size=student_width)
+    teacher = save_tiny(tmp_path / "teacher", vocab_size=teacher_width, seed=5)
+    demonstrations(tmp_path / "demos.jsonl")
+    config = cached_run(tmp_path, student, teacher, data={"path": str(tmp_path / "demos.jsonl")})
+    teach.cache(config, tmp_path / "cache", options=teach.CacheOptions(k=259, precision="float32"))
+    losses = {}
+    for cached in (str(tmp_path / "cache"), None):
+        own = {"teacher": config["teacher"] | {"cache": cached}, "run_dir": str(tmp_path / f"run-{cached is None}")}
+        made, folder = load_config(config | own)
+        Job(made, folder)()
+        lines = (Path(made.run_dir) / "metrics.jsonl").read_text().splitlines()
+        losses[cached] = [json.loads(line)["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[None] and losses[None] == pytest.approx(losses[str(tmp_path / "cache")], rel=1e-5)
+    if teacher_width > student_width:
+        data = str(tmp_path / "demos.jsonl")
+        teach.cache(teach.cache_config(str(teacher), data), tmp_path / "own")
+        made, folder = load_config(config | {"teacher": config["teacher"] | {"cache": str(tmp_path / "own")}})
+        with pytest.raises(DataError, match="--student STUDENT"):
+            Job(made, folder)()
+
+
+def demonstrations(path: Path) -> None:
+    turns = [[{"role": r, "content": f"{r} {i}{j}"} for j in (0, 1) for r in ("user", "assistant")] for i in range(6)]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns))
+
+
+def test_a_cache_is_rendered_as_the_run_renders_its_data(tmp_path: Path, tiny_folder: Path) -> None:
+    demonstrations(tmp_path / "demos.jsonl")
+    own = {"data": {"path": str(tmp_path / "demos.jsonl"), "train_on": "last"}}
+    config = cached_run(tmp_path, tiny_folder, tiny_folder, **own)
+    config["model"] |= {"system_prompt": "Show the steps."}
+    config["divergence"] |= {"temperature": 2.0}
+    teach.cache(config, tmp_path / "cache")
+    made, folder = load_config(config)
+    assert Job(made, folder)()["counts"]["steps"] == 1
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        teach.cache({k: v for k, v in config.items() if k not in ("data", "divergence")} | asking(tmp_path), tmp_path)
+    with pytest.raises(ConfigError, match=r"teacher\.hint needs the live teacher"):
+        teach.cache(config | {"teacher": {"name": str(tiny_folder), "hint": "{answer}"}}, tmp_path / "hinted")
+
+
+def asking(folder: Path) -> dict[str, Any]:
+    return {"tasks": settings(folder, "")["tasks"]}
+
+
+def test_a_cache_is_its_teachers(tmp_path: Path, tiny_folder: Path) -> None:
+    demonstrations(tmp_path / "demos.jsonl")
+    teacher = save_tiny(tmp_path / "teacher", seed=5)
+    config = cached_run(tmp_path, tiny_folder, teacher, data={"path": str(tmp_path / "demos.jsonl")})
+    teach.cache(config, tmp_path / "cache")
+
+    def run(name: Path | str) -> dict[str, Any]:
+        own = {
+            "run_dir": str(tmp_path / f"run-of-{Path(name).name}"),
+            "teacher": config["teacher"] | {"name": str(name)},
+        }
+        made, folder = load_config(config | own)
+        return Job(made, folder)()
+
+    with pytest.raises(DataError, match="holds the answers of"):
+        run("no/such-teacher")
+    with pytest.raises(DataError, match="other weights"):
+        run(tiny_folder)
+    moved = teacher.rename(tmp_path / "moved")
+    run(moved)  # the same weights elsewhere
+    save_tiny(teacher, seed=6)
+    with pytest.raises(ConfigError, match="weights"):
+        teach.cache(config, tmp_path / "cache")
+    with pytest.raises(DataError, match="other weights"):
+        run(teacher)
 
 
 def test_settings_from_a_methods_config_and_unknown_keys(tmp_path: Path) -> None:

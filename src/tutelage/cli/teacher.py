@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tutelage.cli.main import Json, Settings, Yes, console, print_json
+from tutelage.errors import ConfigError
 
 app = typer.Typer(
     name="teacher",
@@ -63,25 +64,44 @@ def generate(
 
 @app.command()
 def cache(
-    teacher: Annotated[str, typer.Argument(help="Folder, hub name, or run folder of the teacher.")],
-    data: Annotated[str, typer.Argument(help="Trajectory store, or a file of demonstrations.")],
+    teacher: Annotated[
+        str, typer.Argument(help="Folder, hub name, or run folder of the teacher; or a distillation config with data.")
+    ],
+    data: Annotated[
+        str | None, typer.Argument(help="Trajectory store, or a file of demonstrations; a config names its own.")
+    ] = None,
+    settings: Settings = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder of the logit cache.")],
     student: Annotated[str | None, typer.Option(help="Whose template renders demonstrations; the teacher's.")] = None,
     k: Annotated[int | None, typer.Option(help="Entries kept; as many as fit in 220 bytes a token.")] = None,
-    temperature: Annotated[float, typer.Option(help="Divides the teacher's logits.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="Divides the teacher's logits; the config's, or 1.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail above this mean KL on peaked tokens, in nats.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longer trajectories are left out.")] = 2048,
+    max_length: Annotated[int | None, typer.Option(help="Longer trajectories are left out.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a teacher's next-token distributions at every target: exact top-k and the mass of the rest. Resumable."""
+    """Write a teacher's next-token distributions at every target: exact top-k and the mass of the rest. Resumable.
+
+    `tutelage teacher cache CONFIG --out cache`: for the run of that config, then with `teacher.cache=cache`.
+    `tutelage teacher cache TEACHER DATA --student STUDENT model.system_prompt="..." --out cache`: without a config.
+    """
     from tutelage.cli.progress import TerminalProgress
     from tutelage.methods import teach
 
-    options = teach.CacheOptions(k=k, temperature=temperature, max_kl=max_kl, max_length=max_length)
+    given = list(settings or [])
+    config: Any = Path(teacher)
+    if config.is_file() or config.suffix in (".yaml", ".yml"):
+        given = [data, *given] if data is not None else given
+        given += [f"model.name={student}"] if student is not None else []
+    elif data is None or "=" in data:
+        raise ConfigError("tutelage teacher cache needs TEACHER and DATA, or a distillation config that names both")
+    else:
+        config = teach.cache_config(teacher, data, student=student)
+    given += [f"divergence.temperature={temperature}"] if temperature is not None else []
+    given += [f"data.max_length={max_length}", "data.overlong=drop"] if max_length is not None else []
     screen = console(as_json)
-    result = teach.cache(
-        teacher, data, out, Path.cwd(), student=student, options=options, progress=TerminalProgress(screen)
-    )
+    options = teach.CacheOptions(k=k, max_kl=max_kl)
+    result = teach.cache(config, out, given, options=options, progress=TerminalProgress(screen))
     if as_json:
         print_json(result)
         return

@@ -1,6 +1,6 @@
 """The logit cache: a teacher's next-token distributions on disk, exact top-k plus the mass of the rest.
 
-    FOLDER/cache.json           what it is: teacher, tokenizer, vocabulary, k, temperature, precision
+    FOLDER/cache.json           what it is: teacher and its weights, tokenizer, vocabulary, k, temperature, precision
     FOLDER/chunk-00000.bin      records of fixed size, one a target token, memory-mapped
     FOLDER/chunk-00000.json     where each trajectory's records are, and the round-trip check; written last
 
@@ -70,6 +70,7 @@ def write_logit_cache(
     *,
     vocab_size: int,
     tokenizer: str,
+    weights: str = "",
     k: int | None = None,
     temperature: float = 1.0,
     precision: str = "packed",
@@ -83,6 +84,7 @@ def write_logit_cache(
     Args:
         vocab_size: entries of the (shared) vocabulary.
         tokenizer: fingerprint of the tokenizer whose ids these are (`ChatText.fingerprint`).
+        weights: digest of the teacher's weights; a writer goes on only where it is the same.
         k: entries kept; None takes the most that fit in 220 bytes a token.
         temperature: the teacher's logits are divided by this first. A loss at another temperature cannot use the
             cache: the evenly spread tail would be wrong there.
@@ -92,15 +94,19 @@ def write_logit_cache(
         check_tokens: tokens of each chunk that are read back and compared with the teacher's whole distribution.
 
     Raises:
-        ConfigError: the folder holds another cache. DataError: a trajectory of another tokenizer, or `max_kl` exceeded.
+        ConfigError: the folder holds another cache; k or temperature is out of range.
+        DataError: a trajectory of another tokenizer, or `max_kl` exceeded.
         NumericsError: reading back does not give what was written.
     """
-    codec = Codec(k or largest_k(vocab_size), vocab_size, precision)
+    codec = Codec(largest_k(vocab_size) if k is None else k, vocab_size, precision)
+    if not (0 < temperature < float("inf")):
+        raise ConfigError(f"a logit cache's temperature must be above 0, got {temperature}: it divides the logits")
     for t in trajectories:
         _check_tokenizer(t, tokenizer)
     facts = {
         "format": FORMAT,
         "teacher": teacher.name,
+        "weights": weights,
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "k": codec.k,
@@ -137,7 +143,9 @@ class LogitCache:
 
     Args:
         tokenizer: fingerprint that the cache must have been made with; None does not check.
-        vocab_size: the student's (shared) vocabulary; None does not check.
+        vocab_size: rows of the student's output layer; None does not check. The cache may hold fewer: a padded
+            vocabulary is cut to what student and teacher share.
+        num_ids: entries that the student's tokenizer uses, which the cache must hold; None does not check.
 
     Raises:
         DataError: there is no finished cache, its tokenizer or vocabulary is another one, or a file is damaged.
@@ -150,7 +158,14 @@ class LogitCache:
     spreads_tail = True
     """Stands for the whole vocabulary: what the top-k leaves is spread evenly."""
 
-    def __init__(self, folder: Path, *, tokenizer: str | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer: str | None = None,
+        vocab_size: int | None = None,
+        num_ids: int | None = None,
+    ) -> None:
         check_exists(folder / "cache.json", "a logit cache")
         self.folder = folder
         self.facts: Mapping[str, Any] = json.loads((folder / "cache.json").read_text())
@@ -158,21 +173,35 @@ class LogitCache:
             raise DataError(f"{folder}: logit cache of format {self.facts.get('format')}, this reads {FORMAT}")
         if not (folder / "done.json").exists():
             raise DataError(f"{folder}: this logit cache is not finished; run the same command again and it goes on")
-        for name, wanted in (("tokenizer", tokenizer), ("vocab_size", vocab_size)):
-            if wanted is not None and self.facts[name] != wanted:
-                raise DataError(
-                    f"{folder}: the cache was made with {name} {self.facts[name]!r}, and the student has {wanted!r}: "
-                    "its ids mean other tokens. Make a cache with the student's tokenizer."
-                )
         self.name = str(self.facts["teacher"])
+        self.weights = str(self.facts.get("weights", ""))
+        """Digest of the teacher's weights; empty where the writer gave none."""
         self.k, self.temperature = int(self.facts["k"]), float(self.facts["temperature"])
         self.vocab_size = int(self.facts["vocab_size"])
+        if tokenizer is not None and self.facts["tokenizer"] != tokenizer:
+            raise DataError(
+                f"{folder}: the cache was made with tokenizer {self.facts['tokenizer']!r}, and the student has "
+                f"{tokenizer!r}: its ids mean other tokens. Make a cache with the student's tokenizer."
+            )
+        self._check_width(vocab_size, num_ids)
         self.codec = Codec(self.k, self.vocab_size, str(self.facts["precision"]))
         self._records: list[Any] = []
         self._places: dict[str, tuple[int, int, int]] = {}
         self._checks: list[Mapping[str, Any]] = []
         for index in range(json.loads((folder / "done.json").read_text())["chunks"]):
             self._open(index)
+
+    def _check_width(self, vocab_size: int | None, num_ids: int | None) -> None:
+        if vocab_size is not None and self.vocab_size > vocab_size:
+            raise DataError(
+                f"{self.folder}: the cache spreads mass over {self.vocab_size} entries, and the student's output "
+                f"layer has {vocab_size}. Write it again with --student STUDENT: it then holds what both share."
+            )
+        if num_ids is not None and self.vocab_size < num_ids:
+            raise DataError(
+                f"{self.folder}: the cache has {self.vocab_size} entries, and the student's tokenizer has ids up to "
+                f"{num_ids - 1}: the teacher is missing tokens that the student can write"
+            )
 
     def _open(self, index: int) -> None:
         path = self.folder / f"chunk-{index:05d}.bin"

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tutelage.data.logit_cache import LogitCache
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, DataError
 from tutelage.evals import EvalResult, evaluate
 from tutelage.evals.teacher_check import TeacherReport, check_teacher
 from tutelage.methods.servers import addresses, servers_of
 from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
-from tutelage.policies.load import resolve_model
+from tutelage.policies.load import resolve_model, weights_digest
 from tutelage.policies.teacher_mixed import TeacherMixedSampler
 from tutelage.policies.teachers import (
     AveragedTeacher,
@@ -42,7 +42,7 @@ def make_teacher(bench: "Workbench", settings: TeacherSettings) -> Any:
     """
     width = bench.policy.output_layer.weight_VD.shape[0]
     if settings.cache is not None:
-        return LogitCache(bench.path(settings.cache), tokenizer=bench.text.fingerprint, vocab_size=width)
+        return _cached(bench, settings, settings.cache, width)
     if settings.url is not None:
         return _served(bench, settings, width)
     if settings.name in ("self", "average") and bench.student.is_sharded:
@@ -60,6 +60,28 @@ def make_teacher(bench: "Workbench", settings: TeacherSettings) -> Any:
     shared = check_vocabulary(bench.text, text, student_width=width, teacher_width=teacher_width)
     check_stop_ids(bench.text.stop_ids, text.stop_ids)
     return InProcessTeacher(policy, name=settings.name, vocab_size=shared, processes=bench.processes)
+
+
+def _cached(bench: "Workbench", settings: TeacherSettings, cache: str, width: int) -> LogitCache:
+    """The written answers of the teacher that is named, by its name or by its weights.
+
+    Raises:
+        DataError: they are another teacher's, or the weights have changed since.
+    """
+    num_ids = 1 + max(bench.text.tokenizer.get_vocab().values())
+    found = LogitCache(bench.path(cache), tokenizer=bench.text.fingerprint, vocab_size=width, num_ids=num_ids)
+    there = weights_digest(bench.beside(settings.name)) if found.weights else None
+    if there is not None and there != found.weights:
+        raise DataError(
+            f"teacher.cache {found.folder} was written by {found.name!r} with other weights than {settings.name!r} has "
+            "now: write the cache again, into another folder, or name its teacher"
+        )
+    if there is None and found.name != settings.name:
+        raise DataError(
+            f"teacher.cache {found.folder} holds the answers of {found.name!r}, and teacher.name is {settings.name!r}: "
+            f"set teacher.name={found.name}, or write a cache with the teacher you mean"
+        )
+    return found
 
 
 def _served(bench: "Workbench", settings: TeacherSettings, width: int) -> ServedTeacher:

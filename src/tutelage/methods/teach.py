@@ -20,7 +20,6 @@ from tutelage.methods import grading
 from tutelage.methods.config import RunConfig, load_config, load_settings
 from tutelage.methods.job import measuring_of
 from tutelage.methods.settings import (
-    DataSettings,
     Fraction,
     ModelSettings,
     Positive,
@@ -34,6 +33,7 @@ from tutelage.methods.teacher_settings import TeacherSettings
 from tutelage.methods.workbench import Confirm, Workbench
 from tutelage.policies.endpoint import Answer, EndpointSampler, RequestJournal
 from tutelage.policies.http import RateLimit
+from tutelage.policies.load import weights_digest
 from tutelage.policies.sampler import InProcessSampler
 from tutelage.policies.vllm_server import VLLMSampler, VLLMServer
 from tutelage.sources import Drawn, Judged
@@ -308,52 +308,54 @@ class CacheOptions:
 
     k: int | None = None
     """Entries kept; None takes the most that fit in 220 bytes a token."""
-    temperature: float = 1.0
     precision: str = "packed"
     max_kl: float | None = None
-    max_length: int = 2048
 
 
 def cache(
-    teacher: str,
-    data: str,
+    config: Path | Mapping[str, Any],
     out: Path,
-    folder: Path,
+    overrides: Sequence[str] = (),
     *,
-    student: str | None = None,
     options: CacheOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write what a teacher says at every target of recorded trajectories, rendered as the student will read them.
+    """Write what a teacher says at every target of recorded trajectories, rendered as the config's student reads them.
 
     Args:
-        data: a trajectory store (what is kept of it) or a file of demonstrations.
-        student: whose tokenizer and template render the demonstrations; None takes the teacher's.
+        config: a distillation config with `teacher` and `data`: `cache_config` makes one of these two. Its student's
+            tokenizer, template and system prompt, its data settings and `divergence.temperature` are those of the run
+            that will read the cache.
 
     Raises:
-        ConfigError: student and teacher have different tokenizers. DataError: `max_kl` is exceeded.
+        ConfigError: nothing to cache in the config; student and teacher have different tokenizers; `out` holds another
+            cache. DataError: `max_kl` is exceeded.
     """
     o = options or CacheOptions()
-    bench = Workbench(
-        RunConfig(model=ModelSettings(name=_model_name(student or teacher, folder)), evaluation=None), folder
-    )
-    who = bench.teacher(TeacherSettings(name=teacher))
-    found = bench.demonstrations(DataSettings(path=data, max_length=o.max_length, overlong="drop"))
+    run, folder = load_config(config, overrides)
+    stage = next((s for s in run.stages if getattr(s, "teacher", None) and getattr(s, "data", None)), None)
+    if stage is None:
+        raise ConfigError("a cache is written for recorded trajectories: the config needs teacher.name and data.path")
+    teacher = _cacheable(stage.teacher)
+    bench = Workbench(run, folder)
+    who = bench.teacher(teacher)
+    found = bench.demonstrations(stage.data)
     written = write_logit_cache(
         out,
         [t for g in found for t in g.trajectories],
         who,
         vocab_size=who.vocab_size or who.output_layer.weight_VD.shape[0],
         tokenizer=bench.text.fingerprint,
+        weights=weights_digest(bench.beside(teacher.name)) or "",
         k=o.k,
-        temperature=o.temperature,
+        temperature=getattr(stage.divergence, "temperature", None) or 1.0,
         precision=o.precision,
         max_kl=o.max_kl,
         progress=progress,
     )
     return {
         "cache": str(out),
-        "teacher": teacher,
+        "teacher": teacher.name,
         "num_trajectories": len(written),
         "num_tokens": written.num_tokens,
         "k": written.k,
@@ -361,6 +363,38 @@ def cache(
         "fidelity": written.fidelity,
         "notes": bench.notes,
     }
+
+
+def cache_config(teacher: str, data: str, *, student: str | None = None) -> dict[str, Any]:
+    """The config that stands for a teacher and what it is to read; whatever is too long is left out.
+
+    Args:
+        data: a trajectory store (what is kept of it) or a file of demonstrations.
+        student: whose tokenizer and template render the demonstrations; None takes the teacher's.
+    """
+    return {
+        "method": "distill_off_policy",
+        "model": {"name": _model_name(student or teacher, Path.cwd())},
+        "teacher": {"name": teacher},
+        "data": {"path": data, "overlong": "drop"},
+        "divergence": {"kind": "forward_kl"},
+    }
+
+
+def _cacheable(teacher: TeacherSettings) -> TeacherSettings:
+    """The live teacher.
+
+    Raises:
+        ConfigError: a cache cannot hold its answers.
+    """
+    odd = [name for name in ("hint", "system_prompt", "by_task", "url") if getattr(teacher, name)]
+    if odd or teacher.name == "self" or teacher.is_own_average:
+        what = f"teacher.{odd[0]}" if odd else f"teacher.name={teacher.name}"
+        raise ConfigError(
+            f"a logit cache holds one fixed model's answers to what the student reads, written in this process: {what} "
+            "needs the live teacher"
+        )
+    return teacher.model_copy(update={"cache": None})
 
 
 # -- the check ----------------------------------------------------------------------------------

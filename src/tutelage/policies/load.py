@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer by path or hub name; save them so that transformers loads them."""
 
 import difflib
+import hashlib
 import logging
 import os
 import re
@@ -114,6 +115,33 @@ def _quantisation(bits: str, dtype: torch.dtype) -> Any:
 def _is_news(record: logging.LogRecord) -> bool:
     """Not that int8 products are of float16 inputs, which bitsandbytes says at every layer."""
     return "will be cast" not in record.getMessage()
+
+
+def weights_digest(name: str) -> str | None:
+    """32 hex digits of the weight files' bytes; None where the model is not on this machine.
+
+    Reads every byte: about a second a gigabyte.
+    """
+    from transformers.utils.hub import try_to_load_from_cache
+
+    try:
+        path, revision = resolve_model(name)
+    except ConfigError:
+        return None
+    folder = Path(path)
+    if not folder.is_dir():
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def stored_dtype(name: str) -> torch.dtype | None:
