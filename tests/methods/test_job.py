@@ -222,6 +222,32 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, tiny_
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_damaged_start_of_a_round_falls_back_into_the_round_before(tmp_path: Path, tiny_folder: Path) -> None:
+    """Killed in the second round: the checkpoint before the newest was made while the first was trained on."""
+    settings = {name: rejection(tmp_path, tiny_folder, name, saving={"every_steps": 2}) for name in ("whole", "cut")}
+    job(settings["whole"])()
+    cut = job(settings["cut"])
+    write = cut.run.log_metrics
+
+    def killed_in_round_1(record: dict[str, Any]) -> None:
+        write(record)
+        if record["round"] == 1:
+            raise KeyboardInterrupt
+
+    cut.run.log_metrics = killed_in_round_1  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut()
+    before, newest = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))
+    assert "-00-00000-" in before.name and newest.name.endswith("-00-00001-00000")
+    blob = newest / "optimizer.safetensors"
+    blob.write_bytes(blob.read_bytes()[:-5] + b"wrong")
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    events = [json.loads(x) for x in (tmp_path / "cut" / "events.jsonl").read_text().splitlines()]
+    assert [e["from_checkpoint"] for e in events if e["event"] == "resumed"] == [True]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_all_checkpoints_damaged_is_an_error_that_says_so(tmp_path: Path, tiny_folder: Path) -> None:
     settings = demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3})
     stop = StopRequest()

@@ -60,12 +60,19 @@ def write_json(path: Path, value: Mapping[str, Any], *, kept: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the folder itself, so that a rename survives a power cut."""
+    """Flush the folder itself (or a file), so that a rename survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file in the folder and every folder, deepest first."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync_folder(path)
+    sync_folder(folder)
 
 
 def remove_stale(folder: Path, *, force: bool = False) -> list[str]:

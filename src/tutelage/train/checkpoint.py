@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tutelage.data.files import sync_folder, sync_tree
 from tutelage.errors import CheckpointError
 from tutelage.train.run_directory import write_atomically
 
@@ -41,6 +42,7 @@ def save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[
 
 
 def _save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping[str, Any], keep: int) -> Path:
+    put_back(folder)
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale)
     work = folder / f".{name}.tmp"
@@ -52,15 +54,31 @@ def _save(folder: Path, name: str, write: Callable[[Path], None], state: Mapping
         if p.is_file()
     }
     write_atomically(work / STATE, json.dumps({**state, "files": files}))
-    for path in [p for p in work.rglob("*") if p.is_file()]:
-        _fsync(path)
-    final = folder / name
-    if final.exists():
-        shutil.rmtree(final)
+    sync_tree(work)
+    final, before = folder / name, folder / f".{name}.old"
+    if final.exists():  # a round that is done again: there is always one of the two
+        os.replace(final, before)
     os.replace(work, final)
-    _fsync(folder)
+    sync_folder(folder)
+    shutil.rmtree(before, ignore_errors=True)
     drop_old(folder, keep)
     return final
+
+
+def put_back(folder: Path) -> None:
+    """Undo or finish a replacement that was cut: the checkpoint set aside takes its name again if no other has it."""
+    for before in folder.glob(".step-*.old"):
+        final = folder / before.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(before)
+        else:
+            os.replace(before, final)
+
+
+def place_of(path: Path) -> tuple[int, int]:
+    """The stage and round that a checkpoint was made in."""
+    stage, round_ = path.name.split("-")[2:4]
+    return int(stage), int(round_)
 
 
 def drop_old(folder: Path, keep: int) -> None:
@@ -90,6 +108,7 @@ def newest_good(folder: Path, on_bad: Callable[[Path, str], None]) -> tuple[Path
     Raises:
         CheckpointError: there are checkpoints and every one is damaged.
     """
+    put_back(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         problem = damage(path)
@@ -125,11 +144,3 @@ def damage(path: Path) -> str | None:
 def _digest(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -4,13 +4,13 @@ Work is split by index: process r of w takes items r, r + w, r + 2w, ... Every p
 are the same whatever w is, up to the order of addition.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tutelage.errors import SamplerError
+from tutelage.errors import SamplerError, TutelageError
 
 Item = TypeVar("Item")
 
@@ -85,6 +85,21 @@ class Processes:
         if errors:
             raise SamplerError(next(iter(errors.values())), is_everywhere=True) from failed
         return self.gather_dict(part)
+
+    def from_first(self, work: Callable[[], Item]) -> Item:
+        """What `work` gives in the first process, in all of them; its error where it fails."""
+        if self.count == 1:
+            return work()
+        answer: tuple[Any, TutelageError | None] = (None, None)
+        if self.is_first:
+            try:
+                answer = (work(), None)
+            except TutelageError as error:
+                answer = (None, error)
+        value, failed = self._gather(answer)[0]
+        if failed is not None:
+            raise failed
+        return value  # type: ignore[no-any-return]
 
     def any(self, flag: bool) -> bool:
         """True in all processes if it is in one."""

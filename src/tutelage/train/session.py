@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from tutelage.data.files import atomic_file
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError, SamplerError
 from tutelage.train import checkpoint
@@ -190,6 +191,7 @@ class Session:
             self._stage_state = {}
         elif self.cursor.stage > 0:
             self.trainer.optimizer.reset()
+        self._round_start = stage.source.state()  # a monitor's server may fail before anything is drawn
         if self.cursor.round == 0 and self.cursor.step == 0:
             self.run.log_event("stage", {"stage": self.cursor.stage, "name": stage.name, "rounds": stage.rounds})
             for monitor in stage.monitors:
@@ -354,10 +356,9 @@ class Session:
                 self.ledger.scored(trajectories)
             if self.run.is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
-                work = path.with_name(f".{path.name}")
                 values = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores]) if scores else np.zeros(0)
-                np.savez(work, values=values, lengths=np.array([len(s) for s in scores], dtype=np.int64))
-                work.rename(path)
+                with atomic_file(path, kept="The round's drawn chunks are intact.") as file:
+                    np.savez(file, values=values, lengths=np.array([len(s) for s in scores], dtype=np.int64))
             self.trainer.processes.wait()
             return scores
 
@@ -525,9 +526,12 @@ class Session:
             save_signal(folder / "signal")
 
     def _drop_finished_work(self) -> None:
-        here = self.run.work(self.cursor.stage, self.cursor.round).name
+        """Drop the chunks of rounds that no kept checkpoint is in: should the newest be damaged, the one before needs
+        the chunks of its own round."""
+        places = [checkpoint.place_of(p) for p in checkpoint.checkpoints(self.run.checkpoints)]
+        kept = {self.run.work(stage, round_).name for stage, round_ in places}
         for path in (self.run.root / "work").glob("stage*-round*"):
-            if path.name != here:
+            if path.name not in kept:
                 shutil.rmtree(path)
 
     def resume(self) -> bool:
@@ -536,12 +540,12 @@ class Session:
         Raises:
             CheckpointError: there are checkpoints and all are damaged, or the newest is of another seed.
         """
-        damaged: list[tuple[Path, str]] = []
-        found = checkpoint.newest_good(self.run.checkpoints, lambda p, why: damaged.append((p, why)))
+        processes = self.trainer.processes
+        found, damaged = processes.from_first(self._newest_checkpoint)  # all go on from the same one
         if found is None:
             self.run.cut_logs({})
             return False
-        folder, state = found
+        folder, state = self.run.checkpoints / found[0], found[1]
         if state["seed"] != self.seed:
             raise CheckpointError(f"{folder} belongs to a run with seed {state['seed']}, not {self.seed}")
         self.cursor = Cursor(**state["cursor"])
@@ -553,18 +557,25 @@ class Session:
         self._resumed_from = folder
         self._load_weights(folder)
         self.run.cut_logs(state["logs"])
-        for path, why in damaged:
-            self._report_damage(path, why)
-            shutil.rmtree(path)
+        processes.wait()
+        for name, why in damaged if self.run.is_writer else ():
+            self._report_damage(name, why)
+            shutil.rmtree(self.run.checkpoints / name)
         self._last_save = (time.monotonic(), self.cursor.total_steps)
         return True
+
+    def _newest_checkpoint(self) -> tuple[tuple[str, dict[str, Any]] | None, list[tuple[str, str]]]:
+        """Name and state of the newest sound one, and the name and damage of each that was passed over."""
+        damaged: list[tuple[str, str]] = []
+        found = checkpoint.newest_good(self.run.checkpoints, lambda p, why: damaged.append((p.name, why)))
+        return None if found is None else (found[0].name, found[1]), damaged
 
     def _load_weights(self, folder: Path) -> None:
         self.trainer.optimizer.set_weights(self.weights.load(folder / "model"))
         self.trainer.optimizer.load(folder / "optimizer.safetensors")
 
-    def _report_damage(self, path: Path, why: str) -> None:
-        self.run.log_event("damaged_checkpoint", {"checkpoint": path.name, "why": why})
+    def _report_damage(self, name: str, why: str) -> None:
+        self.run.log_event("damaged_checkpoint", {"checkpoint": name, "why": why})
 
 
 def _is_greedy(trajectory: Trajectory) -> bool:
