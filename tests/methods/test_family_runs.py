@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from test_job import StopAfter, assert_same_run, demonstrations, job, metrics, r
 
 from tutelage.data.rounds import RoundStore
 from tutelage.data.store import Manifest, TrajectoryStore
-from tutelage.errors import ConfigError, Interrupted
+from tutelage.errors import CheckpointError, ConfigError, Interrupted
 from tutelage.methods import METHODS
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
+from tutelage.monitors import GraduationMonitor
+from tutelage.monitors.probe import Probe
+from tutelage.train.session import Session
 from tutelage.train.stop import StopRequest
-from tutelage.types import Trajectory
+from tutelage.types import MonitorReport, Trajectory
 
 torch.set_num_threads(1)
 QUICK: dict[str, Any] = {"gate": False, "evaluation": None}
@@ -299,6 +303,45 @@ def test_a_verdict_between_two_updates_ends_the_stage_there(tmp_path: Path, tiny
     config, folder = config_of(tmp_path / "cut")
     Job(config, folder, is_resume=True)()
     assert_same_run(run, tmp_path / "cut")
+
+
+def test_what_may_be_handed_over_is_still_there_after_a_round_was_taken_back(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six probes within the round that is taken back; then the first probe of all is the one to go on from."""
+    run, update, seen = tmp_path / "run", GraduationMonitor.update, []
+
+    def watched(self: GraduationMonitor, probe: Probe) -> MonitorReport:
+        report = update(self, probe)
+        wanted = {p.checkpoint for p in self.history[-3:]}
+        seen.append((len(self.history), wanted - {p.name for p in (run / "probes").iterdir()}))
+        return report
+
+    monkeypatch.setattr(GraduationMonitor, "update", watched)
+    settings = graduating(tmp_path, tiny_folder, "run", gate=True)
+    write_verifier(tmp_path, "len(set(completion)) >= 4")
+    settings["graduation"] |= {"agree": 99, "of": 99}  # never settled: only the gate acts
+    settings["probe"] |= {"n": 16, "every_steps": 3, "kl": False}
+    settings["train"] |= {"lr": 3.0, "optimizer": "adamw", "schedule": "constant", "warmup": 0.0, "epochs": 2}
+    job(settings)()
+    assert events(run, "revert")
+    counts = [n for n, _ in seen]
+    assert any(a > 4 and b == 2 for a, b in itertools.pairwise(counts))  # went back to the first probe and on
+    assert [missing for _, missing in seen if missing] == []
+
+
+def test_weights_to_hand_over_that_are_gone_stop_the_run(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over = Session._hand_over
+
+    def robbed(self: Session, reports: Any) -> None:
+        shutil.rmtree(self.run.root / "probes")
+        hand_over(self, reports)
+
+    monkeypatch.setattr(Session, "_hand_over", robbed)
+    with pytest.raises(CheckpointError, match=r"were chosen to go on from and are not in"):
+        job(graduating(tmp_path, tiny_folder, "run"))()
 
 
 def test_drift_retention_and_heldout_demonstrations_reach_the_monitor(tmp_path: Path, tiny_folder: Path) -> None:

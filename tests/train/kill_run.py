@@ -40,6 +40,9 @@ POINTS = {
     "naming a checkpoint": ("tutelage.train.checkpoint", "write_atomically"),
     "dropping an old checkpoint": ("tutelage.train.checkpoint", "drop_old"),
     "dropping finished work": ("tutelage.train.session", "Session._drop_finished_work"),
+    "keeping probed weights": ("tutelage.train.probed", "save"),
+    "dropping probed weights": ("tutelage.train.probed", "_drop_old"),
+    "handing over": ("tutelage.train.session", "Session._hand_over"),
     "publishing a round": ("tutelage.data.rounds", "RoundStore.publish"),
     "writing json": ("tutelage.train.run_directory", "write_atomically"),
 }
@@ -53,6 +56,21 @@ KINDS: dict[str, dict[str, Any]] = {
         "divergence": {"kind": "jsd", "alpha": 0.5},
         "train": {"lr": 1e-3, "batch_size": 18},
         "keep": None,
+    },
+    "graduation": {
+        "until": "graduation",
+        "then": "rl",
+        "rl": {"rounds": 1, "train": {"lr": 1e-3, "batch_size": 18}},
+        "gate": False,
+        "rounds": 6,
+        "train": {"lr": 1e-3, "batch_size": 3, "epochs": 1},
+        "probe": {"questions": 3, "n": 4, "every_steps": 1},
+        "graduation": {
+            **{"min_tasks": 3, "min_samples": 4, "entropy_ratio": 5.0, "entropy_slope": 5.0, "slope_probes": 2},
+            **{"plateau_probes": 9, "min_gain": 0.9, "headroom": -1.0, "min_mixed": 0.0, "max_same": 1.0},
+            **{"agree": 1, "of": 1, "group": 2, "coverage_k": 4},
+        },
+        "saving": {"every_steps": 100, "keep": 2},
     },
     "rl": {"method": "grpo", "kl_to_base": 0.1, "train": {"lr": 1e-3, "batch_size": 18}, "gate": True, "keep": None},
 }

@@ -52,13 +52,15 @@ def test_killed_twice(whole: Path, tiny_folder: Path) -> None:
     [
         ("distillation", [("sampling", 20), ("moving the teacher", 2), ("saving the teacher", 1)]),
         ("rl", [("judging", 2), ("scoring", 2), ("training", 3)]),
+        ("graduation", [("keeping probed weights", 7), ("dropping probed weights", 5), ("handing over", 1)]),
     ],
-    ids=["distillation", "rl"],
+    ids=["distillation", "rl", "graduation"],
 )
-def test_killed_distillation_and_rl_resume_to_the_same_bits(
+def test_killed_distillation_rl_and_graduation_resume_to_the_same_bits(
     tmp_path: Path, tiny_folder: Path, kind: str, points: list[tuple[str, int]]
 ) -> None:
-    """With a teacher that moves with the student and has weights of its own; with a baseline, a gate and a base."""
+    """With a teacher that moves with the student and has weights of its own; with a baseline, a gate and a base; with
+    probes at every update, all of them later than the checkpoint the killed run goes back to."""
     assert kill_run.completed(tmp_path, tiny_folder, "whole", kind)
     for point, call in points:
         assert kill_run.killed(tmp_path, tiny_folder, point, point, call, kind), f"it ended before {point} {call}"

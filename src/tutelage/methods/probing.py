@@ -1,7 +1,6 @@
 """What a run adds to its probes: KL to a reference, held-out demonstrations, other abilities, saved weights."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from tutelage.policies.load import load_model
 from tutelage.policies.policy import Policy, add_lora
 from tutelage.policies.sampler import InProcessSampler
 from tutelage.policies.teachers import InProcessTeacher
+from tutelage.train import probed
 from tutelage.train.run_directory import write_atomically
 from tutelage.types import DrawContext, Sampler, Task, Trajectory
 
@@ -213,17 +213,13 @@ def first_tasks(bench: "Workbench", settings: Any, count: int) -> list[Task]:
 
 
 def keep_weights(bench: "Workbench", *, count: int = GraduationSettings().last_checkpoints) -> str:
-    """Keep the probed weights under RUN/probes, the last few of them: what a graduation hands over is among them."""
-    name = f"step-{bench.steps_done():07d}"
-    root = Path(bench.config.run_dir) / "probes"
+    """Keep the probed weights under RUN/probes: what a graduation hands over is among the last few of them."""
+    root, step = Path(bench.config.run_dir), bench.steps_done()
     with bench.student.gathered():
         if bench.processes.is_first:
-            bench.save_weights(root / name)
-    if bench.processes.is_first:
-        for old in sorted(root.glob("step-*"))[:-count]:
-            shutil.rmtree(old)
+            probed.save(root, step, bench.save_weights, count=count)
     bench.processes.wait()
-    return name
+    return probed.name_of(step)
 
 
 def _change(before: Mapping[str, float], now: Mapping[str, float]) -> Estimate:

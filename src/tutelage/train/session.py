@@ -19,7 +19,7 @@ from torch import Tensor
 from tutelage.data.files import atomic_file
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError, SamplerError
-from tutelage.train import checkpoint
+from tutelage.train import checkpoint, probed
 from tutelage.train.costs import RunLedger
 from tutelage.train.run_directory import RunDirectory
 from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
@@ -416,9 +416,12 @@ class Session:
             self._log_verdict(monitor, report)
         if any(r.should_revert for _, r in reports):
             self._revert(stage)
+            start = self.cursor.total_steps - self.cursor.step
             for monitor in stage.monitors:
                 if forget := getattr(monitor, "forget_after", None):
-                    forget(self.cursor.total_steps - self.cursor.step)
+                    forget(start)
+            if self.run.is_writer:
+                probed.drop_after(self.run.root, start)
             reports = [(m, r) for m, r in reports if r.should_revert]  # the others judged weights that are gone
         should_stop = any(r.should_stop for _, r in reports)
         self.cursor.round, self.cursor.step = self.cursor.round + 1, 0
@@ -431,12 +434,15 @@ class Session:
         return should_stop
 
     def _hand_over(self, reports: Sequence[tuple[Monitor, MonitorReport]]) -> None:
-        """Weights of the checkpoint that a monitor chose to go on from, where it kept any."""
+        """Weights of the checkpoint that a monitor chose to go on from, where it kept any.
+
+        Raises:
+            CheckpointError: they are gone.
+        """
         for _, report in reports:
             chosen = (report.evidence.get("hand_over") or {}) if report.should_stop else {}
-            folder = self.run.root / "probes" / str(chosen.get("checkpoint"))
-            if chosen.get("checkpoint") and folder.is_dir():
-                self.trainer.optimizer.set_weights(self.weights.load(folder))
+            if name := chosen.get("checkpoint"):
+                self.trainer.optimizer.set_weights(self.weights.load(probed.folder_of(self.run.root, name)))
                 self.trainer.optimizer.reset()
                 self.run.log_event("hand_over", {"round": self.cursor.round - 1, **chosen})
                 return
