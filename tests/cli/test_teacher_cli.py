@@ -99,8 +99,6 @@ def test_check_says_whether_the_teacher_is_better(
     assert out, err
     report = json.loads(out)
     assert code == (0 if is_better else 1)
-    if is_better:  # it is told the answer
-        assert report["on_student_prefixes"] is None
-    else:
-        assert report["on_student_prefixes"]["reverse_kl"] > 0 and report["on_teacher_prefixes"]["num_tokens"] > 0
+    # It is told the answer where it is better; its prefixes are compared with its hint, the student's without.
+    assert report["on_student_prefixes"]["reverse_kl"] > 0 and report["on_teacher_prefixes"]["num_tokens"] > 0
     assert report["pass@1"]["teacher"]["value"] == float(is_better)

@@ -1,6 +1,6 @@
 """From settings to who grades, what it reads, and what is learned from it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -212,10 +212,11 @@ def check_one(
     settings = bench.config.evaluation
     assert settings is not None
     change = told(teacher)
+    shown = tasks if change is None else [change(t) for t in tasks]
     is_own = teacher.name == "self" or teacher.is_own_average
     taught = evaluate(
         bench.sampler("student" if is_own else teacher.name, "teacher"),
-        tasks if change is None else [change(t) for t in tasks],
+        shown,
         measuring.verifier,
         text=bench.text,
         n=settings.n,
@@ -227,34 +228,80 @@ def check_one(
         progress=progress,
     )
     bench.policy.use_plain_attention()
-    has_logits = teacher.cache is None and teacher.url is None and change is None
+    has_logits = teacher.url is None
     own = only(student, {t.id for t in tasks})
-    return check_teacher(
+    by_teacher, by_student = taught.trajectories[:32], own.trajectories[:32]
+    asked: Sequence[Trajectory] = by_teacher
+    seen: Sequence[Trajectory] = by_student
+    if change is not None and has_logits:
+        plain, hinted = {t.id: t for t in tasks}, {t.id: t for t in shown}
+        unhinted = HintedPrompt(bench.text, lambda task: plain[task.id])
+        asked = [unhinted(hinted[t.task_id], t) for t in by_teacher]
+        view = HintedPrompt(bench.text, change)
+        seen = [view(plain[t.task_id], t) for t in by_student]
+    report = check_teacher(
         SelfTeacher(bench.student.plain) if has_logits else None,
-        bench.teacher(teacher) if has_logits else None,
+        bench.teacher(teacher.model_copy(update={"cache": None})) if has_logits else None,
         student_result=own,
         teacher_result=taught,
-        teacher_trajectories=taught.trajectories[:32],
-        student_trajectories=own.trajectories[:32],
+        teacher_trajectories=asked,
+        teacher_views=by_teacher,
+        student_trajectories=by_student,
+        student_views=seen,
         is_exempt=teacher.is_own_average,
         allow_worse=allow_worse,
     )
+    if teacher.cache is not None:
+        bench.release_teacher(teacher)
+    return report
 
 
-def tasks_by_teacher(stage: Any, tasks: Sequence[Task]) -> Iterable[tuple[str, TeacherSettings, Sequence[Task]]]:
-    """Each teacher of a stage with the tasks it is responsible for.
+def unchecked(bench: "Workbench", teacher: TeacherSettings, *, is_measured: bool) -> str | None:
+    """Why a teacher is not compared with its student before a run; None where it is.
+
+    Args:
+        is_measured: there are held-out questions with a verifier.
+    """
+    if not teacher.is_checked:
+        return "teacher.is_checked is false"
+    if teacher.is_own_average:
+        return "an average of the student"
+    if not is_measured:
+        return "no held-out questions with a verifier"
+    if teacher.cache is not None:
+        try:
+            bench.teacher_policy(teacher.name, teacher.precision, teacher.quantise)
+        except ConfigError as error:
+            return f"the teacher of the cache cannot be loaded: {error}"
+    return None
+
+
+def tasks_of(stage: Any, name: str, tasks: Sequence[Task]) -> Sequence[Task]:
+    """The tasks that a teacher of a stage is responsible for; none for a default one whose every task has its own.
+
+    Args:
+        name: the task family, or "*".
 
     Raises:
         ConfigError: a task family has a teacher of its own and no question to compare on.
     """
     names = {name for name, _ in teachers_of(stage)} - {ANY}
+    own = [t for t in tasks if (t.name == name if name != ANY else t.name not in names)]
+    if not own and name != ANY:
+        there = sorted({t.name for t in tasks})
+        raise ConfigError(f"teacher.by_task has {name!r}, and no held-out question is of it; there are {there}")
+    return own
+
+
+def tasks_by_teacher(stage: Any, tasks: Sequence[Task]) -> Iterator[tuple[str, TeacherSettings, Sequence[Task]]]:
+    """Each teacher of a stage with the tasks it is responsible for, where there are any.
+
+    Raises:
+        ConfigError: as `tasks_of`.
+    """
     for name, teacher in teachers_of(stage):
-        own = [t for t in tasks if (t.name == name if name != ANY else t.name not in names)]
-        if own:
+        if own := tasks_of(stage, name, tasks):
             yield name, teacher, own
-        elif name != ANY:
-            there = sorted({t.name for t in tasks})
-            raise ConfigError(f"teacher.by_task has {name!r}, and no held-out question is of it; there are {there}")
 
 
 def only(result: EvalResult, ids: set[str]) -> EvalResult:
@@ -266,6 +313,6 @@ def only(result: EvalResult, ids: set[str]) -> EvalResult:
     return replace(result, counts=counts, greedy_counts=None, trajectories=kept, greedy_trajectories=())
 
 
-def check_facts(name: str, teacher: TeacherSettings, report: TeacherReport) -> Mapping[str, Any]:
-    """One line of the event log."""
-    return {"teacher": teacher.name, **({} if name == ANY else {"task": name}), **report.to_json()}
+def check_name(name: str, teacher: TeacherSettings) -> dict[str, Any]:
+    """Which teacher a line of the event log is about."""
+    return {"teacher": teacher.name, **({} if name == ANY else {"task": name})}

@@ -291,23 +291,26 @@ class Job:
         return controls
 
     def _check_teachers(self, measuring: Measuring | None, before: EvalResult | None) -> None:
-        """A teacher must be better at the task, as it will be used; an average of the student is exempt, visibly.
+        """Every teacher must be better at its tasks, as it will be used; who is not compared is in the events, and why.
 
         Raises:
             ConfigError: it is not better; the message has both scores with their intervals.
         """
         for i, settings in enumerate(self.config.stages):
-            teacher = getattr(settings, "teacher", None)
-            if teacher is None or not teacher.is_checked or teacher.cache is not None:
-                continue
-            if teacher.is_own_average or measuring is None or before is None:
-                why = "an average of the student" if teacher.is_own_average else "no held-out questions with a verifier"
-                self.run.log_event("teacher_check", {"stage": i, "teacher": teacher.name, "skipped": why})
-                continue
-            for name, each, tasks in grading.tasks_by_teacher(settings, measuring.tasks):
+            for name, each in grading.teachers_of(settings):
                 suffix = "" if name == ANY else f"-{content_hash(name)[:8]}"
                 path = self.root / "evaluation" / f"teacher-check-{i}{suffix}.json"
-                if path.exists() or not each.is_checked or each.cache is not None or each.is_own_average:
+                if path.exists():
+                    continue
+                is_measured = measuring is not None and before is not None
+                why = grading.unchecked(self.bench, each, is_measured=is_measured)
+                tasks: Sequence[Task] = ()
+                if why is None and measuring is not None:
+                    tasks = grading.tasks_of(settings, name, measuring.tasks)
+                if measuring is None or before is None or not tasks:
+                    facts = grading.check_name(name, each)
+                    why = why or "every held-out question has a teacher of its own"
+                    self.run.log_event("teacher_check", {"stage": i, **facts, "skipped": why})
                     continue
                 report = grading.check_one(
                     self.bench,
@@ -318,7 +321,7 @@ class Job:
                     allow_worse=each.allow_worse,
                     progress=self.progress,
                 )
-                self.run.log_event("teacher_check", {"stage": i, **grading.check_facts(name, each, report)})
+                self.run.log_event("teacher_check", {"stage": i, **grading.check_name(name, each), **report.to_json()})
                 if self.processes.is_first:
                     write_atomically(path, json.dumps(report.to_json()))
 

@@ -72,6 +72,10 @@ class Rollouts:
             self._samplers[name] = self.in_process(self._load_base(), "student") if is_base else self._other(name)
         return self._samplers[name]
 
+    def forget(self, name: str) -> None:
+        """Let go of the sampler of another model than the student."""
+        self._samplers.pop(name, None)
+
     def _student(self) -> Sampler:
         if self.is_served:
             if self._served is None:

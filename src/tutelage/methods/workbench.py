@@ -257,6 +257,14 @@ class Workbench:
             self._teacher_policies[key] = Policy(load_model(key[0], dtype=dtype, device=self.device, quantise=quantise))
         return self._teacher_policies[key]
 
+    def release_teacher(self, settings: TeacherSettings) -> None:
+        """Let go of the model of a teacher that only its cache is needed of."""
+        live = settings.model_copy(update={"cache": None})
+        self._teachers.pop(live.model_dump_json(exclude={"by_task"}), None)
+        dtype = self.precision if settings.precision == "auto" else settings.precision
+        self._teacher_policies.pop((self.beside(settings.name), dtype, settings.quantise), None)
+        self.rollouts.forget(settings.name)
+
     def beside(self, name: str) -> str:
         """A model's name, as a path where there is such a folder beside the config (a run's folder: its model)."""
         for folder in (self.folder / name, Path(name)):
