@@ -9,9 +9,31 @@ from tutelage.cli.runs import demo_settings
 from tutelage.errors import ConfigError
 from tutelage.methods import METHODS
 from tutelage.methods.config import RunConfig, load_config
+from tutelage.methods.handover import rl_settings
+from tutelage.methods.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SFT = {"method": "sft", "data": {"path": "x.jsonl"}}
+NEEDED = {
+    "tasks": {"kind": "reasoning_gym", "name": "chain_sum"},
+    "verifier": {"kind": "exact"},
+    "data": {"path": "x.jsonl"},
+    "teacher": {"name": "x"},
+}
+
+
+def stage(method: str, **sections: Any) -> Any:
+    """The stage's settings, with what the method cannot do without."""
+    fields = METHODS[method].settings.model_fields
+    asks = method != "sft"  # the others ask questions or may
+    needed = {n: v for n, v in NEEDED.items() if n in fields and (fields[n].is_required() or (asks and n != "data"))}
+    return load_config({"method": method, **needed, **sections})[0].stages[0]
+
+
+def preset_sections() -> list[tuple[str, str]]:
+    """Every method with each of its sections that has a default."""
+    fields = [(m, n, f) for m, method in METHODS.items() for n, f in method.settings.model_fields.items()]
+    return [(m, n) for m, n, f in fields if isinstance(f.get_default(call_default_factory=True), Settings)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("**/*.yaml")), ids=lambda p: p.name)
@@ -75,6 +97,46 @@ def test_command_line_wins_over_file_and_reads_numbers() -> None:
         load_config(SFT, ["train.lr"])
     with pytest.raises(ConfigError, match=r"stages has 1 entries; '3' is none of them"):
         load_config({"stages": [SFT]}, ["stages.3.train.epochs=5"])
+
+
+@pytest.mark.parametrize(("method", "section"), preset_sections())
+def test_naming_one_key_of_a_section_leaves_the_rest_of_the_methods_own(method: str, section: str) -> None:
+    preset = getattr(stage(method), section)
+    for key, value in preset.model_dump().items():
+        assert getattr(stage(method, **{section: {key: value}}), section) == preset, key
+
+
+def test_a_section_given_in_part_keeps_what_makes_the_method() -> None:
+    raft = stage("raft", keep={"drop_truncated": False}).keep
+    assert (raft.drop_truncated, raft.best_of, raft.cap, raft.distinct) == (False, 1, None, None)
+    star = stage("star", rollout={"max_new_tokens": 64}, train={"lr": 1e-5})
+    assert (star.rollout.max_new_tokens, star.rollout.n, star.rollout.temperature) == (64, 1, 0.0)
+    assert (star.train.lr, star.train.updates, star.train.updates_growth) == (1e-5, 40, 1.2)
+    assert stage("rft", keep={"cap": 9}).keep.order == "farthest"
+    settings, _ = load_config({"method": "grpo", **{n: NEEDED[n] for n in ("tasks", "verifier")}}, ["train.lr=1e-5"])
+    assert (settings.stages[0].train.batch_size, settings.stages[0].train.betas) == (None, (0.9, 0.99))
+    imitation = stage("raft", until="graduation", then="rl", rl={"train": {"lr": 1e-5}})
+    assert (rl_settings(imitation).train.batch_size, rl_settings(imitation).train.schedule) == (None, "constant")
+
+
+def test_a_section_within_a_section_keeps_its_own_default_too() -> None:
+    class Inner(Settings):
+        a: int = 1
+        """a"""
+        b: int = 2
+        """b"""
+
+    class Middle(Settings):
+        inner: Inner = Inner(b=3)
+        c: int = 4
+        """c"""
+
+    class Outer(Settings):
+        middle: Middle = Middle(inner=Inner(a=5))
+
+    assert Outer(middle={"inner": {"b": 6}}).middle == Middle(inner=Inner(a=5, b=6))  # type: ignore[arg-type]
+    assert Outer(middle={"c": 7}).middle == Middle(inner=Inner(a=5), c=7)  # type: ignore[arg-type]
+    assert Outer(middle=Middle(c=7)).middle.inner == Inner(b=3), "a whole section is taken as it is"
 
 
 def test_a_missing_config_names_the_nearest(tmp_path: Path) -> None:

@@ -413,8 +413,8 @@ def test_rl_is_skipped_where_the_monitor_did_not_say_so(tmp_path: Path, tiny_fol
     [
         ("grpo", {"rollout": {"n": 1}}, r"rollout\.n must be at least 2"),
         ("grpo", {"train": {"divisor": "sampled"}}, "here normalise says it"),
-        ("star", {"then": "rl"}, "then=rl needs until=graduation"),
-        ("star", {"rl": {"rounds": 1}}, "set then=rl"),
+        ("raft", {"then": "rl"}, "then=rl needs until=graduation"),
+        ("raft", {"rl": {"rounds": 1}}, "set then=rl"),
         ("rejection_sampling", {"until": "graduation", "then": "rl", "rl": {"rolout": {}}}, "rl.rolout"),
         ("rest", {"thresholds": [0.5, 0.1]}, "thresholds must rise"),
     ],

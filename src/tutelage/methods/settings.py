@@ -3,6 +3,7 @@
 The string under a field is its help text.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,9 +13,31 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseModel):
-    """Frozen; unknown keys are errors; the string under a field is its help text."""
+    """Frozen; unknown keys are errors; the string under a field is its help text.
+
+    A section given in part, as a mapping, keeps the rest of this model's own default for it: `train: {lr: 1e-5}` under
+    GRPO changes the learning rate of GRPO's `train`, not of a bare `TrainSettings`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_own_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        defaults = {
+            n: cls.model_fields[n].get_default(call_default_factory=True) for n in values if n in cls.model_fields
+        }
+        return {n: _over(defaults.get(n), value) for n, value in values.items()}
+
+
+def _over(default: Any, value: Any) -> Any:
+    """A mapping laid over what a default section sets; anything else as it is."""
+    if not isinstance(default, Settings) or not isinstance(value, Mapping):
+        return value
+    preset = {n: getattr(default, n) for n in default.model_fields_set}
+    return {**preset, **{n: _over(preset.get(n), v) for n, v in value.items()}}
 
 
 class LoraSettings(Settings):
