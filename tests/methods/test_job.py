@@ -203,6 +203,26 @@ def test_a_run_stopped_while_training_saves_at_once(tmp_path: Path, tiny_folder:
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_dropout_resumes_to_the_same_bits_and_is_noted(tmp_path: Path, tiny_folder: Path) -> None:
+    def made(run: str, **kwargs: Any) -> Job:
+        settings = demonstrations(tmp_path, tiny_folder, run)
+        settings["model"] |= {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
+        return job(settings | {"train": {"lr": 1e-2, "batch_size": 4, "epochs": 3}}, **kwargs)
+
+    made("whole")()
+    stop = StopRequest()
+    cut = made("cut", stop=stop)
+    write = cut.run.log_metrics
+    cut.run.log_metrics = lambda r: (write(r), stop.request("test") if r["step"] == 4 else None)  # type: ignore
+    with pytest.raises(Interrupted):
+        cut()
+    config, folder = config_of(tmp_path / "cut")
+    Job(config, folder, is_resume=True)()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    events = [json.loads(x) for x in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
+    assert ["dropout of up to 0.2" in e["note"] for e in events if e["event"] == "note"].count(True) == 1
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, tiny_folder: Path) -> None:
     job(demonstrations(tmp_path, tiny_folder, "whole"))()
     settings = demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3, "keep": 3})

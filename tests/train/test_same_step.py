@@ -155,6 +155,56 @@ def test_transformer_step_does_not_depend_on_plumbing(kind: str, lora: bool) -> 
                 assert float(((a - b).abs() > 1e-5).float().mean()) < 0.01
 
 
+class OneOfTwo(Processes):
+    """One of two processes, which keeps its sums to itself."""
+
+    count, index = 2, 0
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def sum_numbers(self, numbers: Any) -> dict[str, float]:
+        return dict(numbers)
+
+    def sum_tensors(self, tensors: Any) -> None:
+        """By the test."""
+
+
+def test_dropout_masks_follow_from_the_update_and_its_microbatch() -> None:
+    """Not from what torch drew before, nor from the process that has the microbatch; each update has its own."""
+    rows = draw(1, count=6, vocab=250, longest=30)
+
+    def gradients(processes: Processes, update: int, drawn_before: int) -> dict[str, torch.Tensor]:
+        policy = Policy(
+            add_lora(tiny_model(layers=1, width=16), r=2, alpha=4, dropout=0.5, target="all-linear", seed=3)
+        )
+        assert policy.dropout == 0.5
+        torch.manual_seed(drawn_before)
+        state = torch.random.get_rng_state()
+        trainer = Trainer(policy, Optimizer(policy.model.named_parameters(), kind="sgd"), processes=processes)
+        for name, p in policy.model.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.01)
+        signal = HardTargets()
+        config = TrainerSettings(lr=0.0, batch_size=None, epochs=2, max_tokens=30, max_grad_norm=None)
+        targets = signal.prepare(rows, score_student=lambda ts: [])
+        place = Place(seed=0, stage=0, round=0, num_rounds=1)
+        for record in trainer.steps(targets, signal, config, place):
+            if record.step == update:
+                break
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return {n: g.clone() for n, g in trainer.optimizer.gradients().items()}
+
+    one = gradients(Processes(), 0, 7)
+    assert all(torch.equal(g, h) for g, h in zip(one.values(), gradients(Processes(), 0, 8).values(), strict=True))
+    assert not any(torch.equal(g, h) for g, h in zip(one.values(), gradients(Processes(), 1, 7).values(), strict=True))
+    halves = [gradients(OneOfTwo(i), 0, i) for i in (0, 1)]
+    assert all(max(float(g.abs().max()) for g in half.values()) > 0 for half in halves)
+    for name, g in one.items():
+        torch.testing.assert_close(halves[0][name] + halves[1][name], g, rtol=1e-4, atol=1e-7)
+
+
 def test_masters_collect_small_gradients_that_bfloat16_would_lose() -> None:
     """Many microbatches of bfloat16 gradients add up in float32: the update equals one microbatch's."""
     rows = draw(2, count=24, vocab=250, longest=30)

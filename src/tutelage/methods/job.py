@@ -211,6 +211,11 @@ class Job:
             batches["packed"] = collate(rows, layout="packed", dtype=dtype).to(self.bench.device)
         gap = check_forward(self.bench.policy, batches, tolerance=TOLERANCE[self.bench.precision])
         self.run.log_event("check_forward", {"rms_difference_in_std": gap, "layouts": sorted(batches)})
+        if dropout := self.bench.policy.dropout:
+            self.bench.notes.append(
+                f"dropout of up to {dropout:g} in training: its masks are the same on resume and for any number of "
+                "processes, and others for another train.max_tokens or train.layout"
+            )
         for note in self.bench.notes:
             self.run.log_event("note", {"note": note})
 

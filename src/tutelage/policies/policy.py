@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from tutelage.data.collate import Batch
 from tutelage.errors import ConfigError, NumericsError
@@ -67,6 +68,13 @@ class Policy(nn.Module):
         return bool(getattr(self.causal_model, "_supports_attention_backend", False)) and _is_pure_attention(
             self.causal_model.config
         )
+
+    @property
+    def dropout(self) -> float:
+        """The largest share of anything that training drops at random: the adapters' or the model's own."""
+        own = [m.p for m in self.modules() if isinstance(m, _DropoutNd)]
+        attention = [getattr(m, "attention_dropout", 0.0) for m in self.modules()]  # a number in newer architectures
+        return max([0.0, *own, *(p for p in attention if isinstance(p, float))])
 
     @property
     def output_layer(self) -> OutputLayer:

@@ -7,6 +7,7 @@ takes its share of the microbatches by index, so neither microbatch size nor the
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +87,8 @@ class Trainer:
             progress = (place.round + (index + 1) / len(plan)) / place.num_rounds
             lr = learning_rate(settings.lr, progress, schedule=settings.schedule, warmup=settings.warmup)
             rows = [targets.rows[i] for i in plan[index]]
-            metrics = self.step(rows, signal, settings, lr=lr)
+            key = (place.seed, place.stage, place.turn, index)
+            metrics = self.step(rows, signal, settings, lr=lr, key=key)
             signal.after_step(self.policy)
             metrics["time/step_s"] = time.perf_counter() - started
             yield StepRecord(stage=place.stage, round=place.round, step=index, metrics=metrics)
@@ -111,9 +113,18 @@ class Trainer:
         return [b for b in out if any(rows[i].is_trained for i in b)]
 
     def step(
-        self, rows: Sequence[TargetRow], signal: Signal, settings: TrainerSettings, *, lr: float
+        self,
+        rows: Sequence[TargetRow],
+        signal: Signal,
+        settings: TrainerSettings,
+        *,
+        lr: float,
+        key: tuple[int, ...] = (),
     ) -> dict[str, float]:
         """One update on the given rows.
+
+        Args:
+            key: names the update. Dropout masks follow from it and the microbatch's index, and from nothing else.
 
         Raises:
             NumericsError: the loss or the gradient is not finite, or nothing counts. Nothing has been updated.
@@ -129,12 +140,13 @@ class Trainer:
         trained = [r for r in rows if r.is_trained]
         sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "correct": 0.0, "targets": 0.0, "tokens": 0.0}
         parts = microbatches(trained, max_tokens=settings.max_tokens)
-        for part in self.processes.share(parts):
+        for index, part in self.processes.share(list(enumerate(parts))):
             batch = collate(part, layout=settings.layout, dtype=self.float_dtype).to(self.device)
-            with torch.no_grad():
-                batch = batch.with_columns(signal.annotate(batch))
-            loss, stats = self.policy(batch, signal.loss, divisor=divisor, stats_fn=target_stats)
-            loss.backward()
+            with self._seeded(*key, index):
+                with torch.no_grad():
+                    batch = batch.with_columns(signal.annotate(batch))
+                loss, stats = self.policy(batch, signal.loss, divisor=divisor, stats_fn=target_stats)
+                loss.backward()
             sums["loss"] += loss.item()
             sums["tokens"] += sum(r.trajectory.num_tokens for r in part)
             for name, value in stats.items():
@@ -169,6 +181,14 @@ class Trainer:
         known |= {name for name in sums if name.startswith(OF_SIGNAL)}
         out |= {f"train/{name}": value / n for name, value in sums.items() if name not in known}
         return out
+
+    @contextmanager
+    def _seeded(self, *key: int) -> Iterator[None]:
+        """Within it torch draws by this key; what it draws after is as if nothing had been drawn."""
+        device = torch.device(self.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed_for(*key, "dropout"))
+            yield
 
     def _keep_pace(self, rows: Sequence[TargetRow], num_parts: int, layout: Literal["packed", "padded"]) -> None:
         """Sharded weights are gathered by all processes together, so all run equally many forward and backward
