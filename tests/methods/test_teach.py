@@ -124,13 +124,17 @@ def test_truncated_rejected_and_duplicate_answers_are_told_apart() -> None:
 class Endpoint(http.server.BaseHTTPRequestHandler):
     asked = 0
     fails_after = 10**9
+    refused: tuple[str, ...] = ()
+    """Fields and questions that are answered with status 400."""
 
     def do_POST(self) -> None:
         kind = type(self)
         kind.asked += 1
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status = 401 if kind.asked > kind.fails_after else 200
-        said = f"The answer is {body['messages'][-1]['content'][8:-1]}, seed {body['seed']}."
+        question = body["messages"][-1]["content"]
+        is_refused = any(r in body or r == question for r in kind.refused)
+        status = 401 if kind.asked > kind.fails_after else 400 if is_refused else 200
+        said = f"The answer is {question[8:-1]}, seed {body.get('seed', 0)}."
         reply = {
             "model": "big-1",
             "choices": [{"message": {"content": said}, "finish_reason": "stop"}],
@@ -175,6 +179,94 @@ def test_an_endpoint_is_asked_only_for_what_is_missing_and_sft_reads_its_answers
     notes = [e["note"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
              if e["event"] == "note"]  # fmt: skip
     assert any("18 were rendered anew" in n for n in notes)
+
+
+def asking_endpoint(folder: Path, url: str, **more: Any) -> dict[str, Any]:
+    return settings(folder, "") | {"teacher": {"name": "big", "url": url, "workers": 1, **more}}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"max_tokens_field": "max_completion_tokens", "sends_seed": False},
+        {"extra": {"max_tokens": None, "max_completion_tokens": 9, "seed": None}},
+    ],
+)
+def test_an_endpoint_that_refuses_a_field_is_asked_without_it(
+    tmp_path: Path, endpoint: tuple[str, type[Endpoint]], own: dict[str, Any]
+) -> None:
+    url, server = endpoint
+    server.refused = ("max_tokens", "seed")
+    with pytest.raises(SamplerError, match=r"first 5 questions were all refused.*max_tokens_field.*status 400"):
+        generate(asking_endpoint(tmp_path, url))
+    assert server.asked == 13  # three samples of four questions, and the fifth question's first
+    few = asking_endpoint(tmp_path, url)
+    few["tasks"] |= {"size": 2}
+    with pytest.raises(SamplerError, match="none of 6 requests was answered"):
+        generate(few)
+    assert generate(asking_endpoint(tmp_path, url, **own))["left_out"] == {"duplicate": 12}
+
+
+def test_requests_that_failed_are_sent_again_by_the_same_command(
+    tmp_path: Path, endpoint: tuple[str, type[Endpoint]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, server = endpoint
+    server.refused = ("What is 4?",)
+    verifier = {"kind": "regex", "pattern": r"is (\d)", "workers": 1}
+    body = asking_endpoint(tmp_path, url) | {"verifier": verifier}
+    assert generate(body)["left_out"] == {"no answer": 3}
+    server.asked = 0
+    with monkeypatch.context() as patch:  # answered with the failure again, judged, then killed
+        patch.setattr(teach, "remove_store", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate(body)
+    server.refused = ()
+    report = generate(body)
+    assert server.asked == 6 and report["num_kept"] == 18 and not report["was_done"]
+    assert len(list(TrajectoryStore(tmp_path / "answers"))) == 18
+    assert generate(body)["was_done"] and server.asked == 6
+
+
+def test_a_generation_killed_before_its_report_is_finished(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = settings(tmp_path, str(tiny_folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(teach, "write_json", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate(body)
+    with pytest.raises(ConfigError, match="other settings"):
+        generate(body | {"seed": 1})
+    assert generate(body)["num_answers"] == 18 == len(list(TrajectoryStore(tmp_path / "answers")))
+    assert generate(body)["was_done"]
+
+
+def test_one_journal_serves_several_folders(tmp_path: Path, endpoint: tuple[str, type[Endpoint]]) -> None:
+    url, server = endpoint
+    body = asking_endpoint(tmp_path, url, journal=str(tmp_path / "asked.jsonl"))
+    generate(body)
+    assert server.asked == 18
+    assert generate(body | {"teacher": body["teacher"] | {"workers": 2}})["was_done"]
+    with pytest.raises(ConfigError, match=r"teacher\.journal"):
+        generate(body | {"filters": {"max_paragraph_words": 2}})
+    report = generate(body | {"filters": {"max_paragraph_words": 2}, "out": str(tmp_path / "strict")})
+    assert report["left_out"] == {"long paragraph": 18} and server.asked == 18
+    generate(body | {"rollout": body["rollout"] | {"n": 4}, "out": str(tmp_path / "more")})
+    assert server.asked == 18 + 6
+
+
+def test_what_only_the_teacher_is_told_is_not_stored(tmp_path: Path, tiny_folder: Path) -> None:
+    def body(out: str, **teacher: Any) -> dict[str, Any]:
+        given = settings(tmp_path, str(tiny_folder), out=str(tmp_path / out))
+        return given | {"teacher": given["teacher"] | teacher, "system_prompt": "Be brief."}
+
+    generate(body("told", system_prompt="Be right."))
+    generate(body("plain") | {"system_prompt": "Be right."})
+    told, plain = (list(TrajectoryStore(tmp_path / name)) for name in ("told", "plain"))
+    assert [t.completion for t in told] == [t.completion for t in plain]
+    text = ChatText.from_pretrained(tiny_folder)
+    assert {t.messages[0]["content"] for t in told} == {"Be brief."}
+    assert all("Be brief." in text.decode(t.token_ids) and "right" not in text.decode(t.token_ids) for t in told)
 
 
 def sft(folder: Path, model: Path) -> dict[str, Any]:
@@ -317,5 +409,14 @@ def test_settings_from_a_methods_config_and_unknown_keys(tmp_path: Path) -> None
     }
     made = teach.generate_settings(method, ["out=a", "rollout.n=4"])
     assert (made.teacher.name, made.out, made.rollout.n) == ("big", "a", 4)
+    served = {"name": "big", "url": ["http://a/v1", "http://b/v1"], "server": {"requests": 3}, "by_task": {}}
+    method["teacher"] = served | {"system_prompt": "Be right.", "hint": "{answer}", "quantise": "4bit"}
+    method["model"] = {"name": "small", "system_prompt": "Be brief."}
+    made = teach.generate_settings(method, ["out=a"])
+    assert (made.teacher.kind, made.teacher.url, made.teacher.workers) == ("vllm", ("http://a/v1", "http://b/v1"), 3)
+    assert (made.teacher.quantise, made.teacher.hint) == ("4bit", "{answer}")
+    assert (made.teacher.system_prompt, made.system_prompt) == ("Be right.", "Be brief.")
+    method["teacher"] = {"name": "self", "hint": "{answer}"}
+    assert teach.generate_settings(method, ["out=a"]).teacher.name == "small"
     with pytest.raises(ConfigError, match=r'unknown key "teacher.ur" \(did you mean "teacher.url"\?\)'):
         teach.generate_settings(method, ["out=a", "teacher.ur=x"])

@@ -60,6 +60,10 @@ class RoundStore:
         """
         return self._read(chunk) if self._path(chunk).exists() else None
 
+    def discard(self, chunk: int) -> None:
+        """Forget a chunk, so that it is made again."""
+        self._path(chunk).unlink(missing_ok=True)
+
     def committed(self) -> tuple[int, ...]:
         """Numbers of the chunks that are there, ascending."""
         found = (_CHUNK.fullmatch(p.name) for p in self.path.iterdir())

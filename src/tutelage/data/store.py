@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tutelage.data.files import atomic_file, check_exists, remove_stale, sha256_of, write_json
+from tutelage.data.files import atomic_file, check_exists, remove_stale, sha256_of, sync_folder, write_json
 from tutelage.data.rows import SCHEMA, SCHEMA_VERSION, STORED, decode, encode, to_row
 from tutelage.data.secrets import SecretPolicy, guard
 from tutelage.errors import ConfigError, DataError
@@ -263,6 +263,22 @@ class TrajectoryWriter:
                 self._open_shard.__exit__(type(error), error, error.__traceback__)
         finally:
             self._lock.close()
+
+
+def remove_store(folder: Path) -> None:
+    """Delete a store's manifest, then its shards, if there is one; what else the folder holds stays.
+
+    Raises:
+        DataError: another writer holds the folder.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    with locked(folder):
+        names = [s.name for s in Manifest.load(folder).shards]
+        (folder / MANIFEST).unlink()
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
 
 
 class TrajectoryStore:

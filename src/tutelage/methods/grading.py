@@ -28,6 +28,7 @@ from tutelage.types import Progress, Signal, Task, Trajectory
 
 if TYPE_CHECKING:
     from tutelage.methods.job import Measuring
+    from tutelage.methods.teach import AnswererSettings
     from tutelage.methods.workbench import Workbench
 
 MIXED = "teacher-mixed"
@@ -134,7 +135,7 @@ def teacher_signal(
     )
 
 
-def told(teacher: TeacherSettings) -> Callable[[Task], Task] | None:
+def told(teacher: "TeacherSettings | AnswererSettings") -> Callable[[Task], Task] | None:
     """The task as the teacher is shown it; None where it reads what the student reads."""
     changes = [with_system(teacher.system_prompt)] if teacher.system_prompt else []
     changes += [with_hint(teacher.hint)] if teacher.hint else []

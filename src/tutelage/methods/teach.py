@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,15 @@ from pydantic import Field, model_validator
 
 from tutelage.data.files import write_json
 from tutelage.data.logit_cache import write_logit_cache
-from tutelage.data.store import MANIFEST, TrajectoryWriter
-from tutelage.errors import ConfigError
+from tutelage.data.rounds import RoundStore
+from tutelage.data.store import MANIFEST, TrajectoryStore, TrajectoryWriter, remove_store
+from tutelage.errors import ConfigError, SamplerError
 from tutelage.evals import evaluate
 from tutelage.evals.teacher_check import TeacherReport
 from tutelage.methods import grading
 from tutelage.methods.config import RunConfig, load_config, load_settings
 from tutelage.methods.job import measuring_of
+from tutelage.methods.servers import addresses
 from tutelage.methods.settings import (
     Fraction,
     ModelSettings,
@@ -37,10 +39,10 @@ from tutelage.policies.load import weights_digest
 from tutelage.policies.sampler import InProcessSampler
 from tutelage.policies.vllm_server import VLLMSampler, VLLMServer
 from tutelage.sources import Drawn, Judged
-from tutelage.sources.cleaned import Cleaned, TextRules, left_out
+from tutelage.sources.cleaned import NO_ANSWER, Cleaned, TextRules, left_out
 from tutelage.types import Draw, DrawContext, Group, Progress, Source, Task, Trajectory, content_hash
 
-REPORT = "generate.json"
+REPORT, JOURNAL = "generate.json", "asked.jsonl"
 
 
 class AnswererSettings(Settings):
@@ -48,14 +50,18 @@ class AnswererSettings(Settings):
 
     name: str
     """A folder or hub name; for an endpoint the name it knows."""
-    url: str | None = None
-    """A server's address; null loads the model into this process."""
+    url: str | tuple[str, ...] | None = None
+    """A server's address (vllm: or several); null loads the model into this process."""
     kind: Literal["vllm", "endpoint"] = "endpoint"
     """What is at the url: a vLLM server (token ids in and out), or any OpenAI-compatible endpoint (text)."""
     tokenizer: str | None = None
     """vllm: folder or hub name of the tokenizer; null takes `name`."""
     api_key_env: str | None = None
     """Environment variable with the key."""
+    hint: str | None = None
+    """Shown to the teacher only, after the question; may hold {answer} or any field of the task's metadata."""
+    system_prompt: str | None = None
+    """Shown to the teacher only, in place of the system prompt that is stored."""
     workers: Positive = 8
     """Requests under way at a time."""
     requests_per_s: float | None = Field(None, gt=0)
@@ -63,9 +69,33 @@ class AnswererSettings(Settings):
     tokens_per_minute: float | None = Field(None, gt=0)
     """Rate limit, prompts included."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of every request to an endpoint."""
+    """endpoint: further fields of every request; null leaves one out."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """endpoint: what it calls the longest completion."""
+    sends_seed: bool = True
+    """endpoint: false where the field is refused."""
+    journal: str | None = None
+    """endpoint: file of requests and replies, in which a request is looked up before it is sent; null is `asked.jsonl`
+    in `out`. Another `out` with other filters, or a larger `rollout.n`, then asks only for what is missing."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights in this process."""
+    quantise: Literal["4bit", "8bit"] | None = None
+    """In this process: load the linear layers in 8 bits (LLM.int8) or 4 (NF4), through bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "AnswererSettings":
+        if self.kind == "vllm" and not addresses(self.url):
+            raise ValueError("teacher.kind=vllm needs teacher.url, the server's address")
+        if self.kind == "endpoint" and len(addresses(self.url)) > 1:
+            raise ValueError(
+                "teacher.url: an endpoint has one address; only vLLM servers (teacher.kind=vllm) may be several"
+            )
+        return self
+
+    @property
+    def is_text(self) -> bool:
+        """An endpoint, which takes messages and gives text."""
+        return self.url is not None and self.kind == "endpoint"
 
 
 class FilterSettings(Settings):
@@ -102,15 +132,11 @@ class GenerateSettings(Settings):
     """Licence and terms of the teacher's outputs, kept with every trajectory."""
     system: SystemSettings = Field(default_factory=SystemSettings)
 
-    @model_validator(mode="after")
-    def _varied(self) -> "GenerateSettings":
-        if self.teacher.kind == "vllm" and self.teacher.url is None:
-            raise ValueError("teacher.kind=vllm needs teacher.url, the server's address")
-        return self
-
 
 SHARED = ("tasks", "verifier", "rollout", "seed", "system")
-"""What a method's config shares with these settings; of its teacher, `name` and `precision`."""
+"""What a method's config shares with these settings; `_answerer` says what of its teacher."""
+_NOT_ASKED = {"workers", "requests_per_s", "tokens_per_minute", "journal", "api_key_env"}
+"""Settings of a teacher that change no answer."""
 
 
 def generate_settings(config: Path | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> GenerateSettings:
@@ -119,11 +145,30 @@ def generate_settings(config: Path | Mapping[str, Any] | None, overrides: Sequen
     def taken(body: dict[str, Any]) -> dict[str, Any]:
         if "method" not in body:
             return body
-        teacher = {k: v for k, v in (body.get("teacher") or {}).items() if k in AnswererSettings.model_fields}
-        prompt = (body.get("model") or {}).get("system_prompt")
-        return {**{k: body[k] for k in SHARED if k in body}, "teacher": teacher, "system_prompt": prompt}
+        model = body.get("model") or {}
+        teacher = _answerer(body.get("teacher") or {}, model)
+        return {
+            **{k: body[k] for k in SHARED if k in body},
+            "teacher": teacher,
+            "system_prompt": model.get("system_prompt"),
+        }
 
     return load_settings(GenerateSettings, config if config is not None else {}, overrides, change=taken)
+
+
+def _answerer(teacher: Any, model: Mapping[str, Any]) -> Any:
+    """Who answers, from a method's `teacher`, whose url is always a vLLM server's."""
+    if not isinstance(teacher, Mapping):
+        return teacher
+    known = AnswererSettings.model_fields
+    out = {k: v for k, v in teacher.items() if k in known or k not in TeacherSettings.model_fields}
+    if out.get("name") == "self":
+        out["name"] = model.get("name") or ModelSettings().name
+    if out.get("url"):
+        names = {"requests": "workers", "api_key_env": "api_key_env"}
+        server = teacher.get("server") or {}
+        out = {"kind": "vllm", **{names[k]: v for k, v in server.items() if k in names}, **out}
+    return out
 
 
 def generate(
@@ -136,24 +181,25 @@ def generate(
     """Let the teacher answer every task `rollout.n` times, judge, mark, and write a trajectory store.
 
     Resumable: answers are committed in chunks (an endpoint's one by one), verdicts too; the same settings go on where
-    they stopped, and finished ones answer at once. Other settings need another folder.
+    they stopped, and finished ones answer at once, but for requests that failed: those are sent again. Other settings
+    need another folder.
 
     Returns:
         What `generate.json` holds: counts, why answers were left out, and tokens.
 
     Raises:
-        ConfigError: the folder holds answers to other settings.
+        ConfigError: the folder holds answers to other settings. SamplerError: the teacher does not answer; what it has
+            answered is kept.
     """
     out = Path(settings.out)
-    asked = content_hash(settings.model_dump(mode="json", exclude={"out", "system"}))
-    report_path = out / REPORT
-    if report_path.exists() or (out / MANIFEST).exists():
-        report: dict[str, Any] = json.loads(report_path.read_text()) if report_path.exists() else {}
-        if report.get("settings_hash") == asked and (out / MANIFEST).exists():
-            return {**report, "was_done": True}
-        raise ConfigError(f"{out} holds answers to other settings: choose another folder with out=")
+    asked = content_hash(settings.model_dump(mode="json", exclude={"out": True, "system": True, "teacher": _NOT_ASKED}))
+    done = _done(out, asked)
+    if done and not (settings.teacher.is_text and done["left_out"].get(NO_ANSWER)):
+        return {**done, "was_done": True}
     work = out / ".work" / asked
     work.mkdir(parents=True, exist_ok=True)
+    if settings.teacher.is_text:
+        _unjudge_failed(work)
     name = _model_name(settings.teacher.tokenizer or settings.teacher.name, folder)
     model = ModelSettings(name=name, precision=settings.teacher.precision, system_prompt=settings.system_prompt)
     bench = Workbench(
@@ -165,7 +211,7 @@ def generate(
         if settings.verifier is not None:
             source = Judged(source, bench.verifier(settings.verifier))
         source = Cleaned(source, TextRules(**settings.filters.model_dump()))
-        is_text = isinstance(answerer, EndpointSampler)
+        is_text = settings.teacher.is_text
         ctx = DrawContext(
             seed=settings.seed,
             stage=0,
@@ -177,11 +223,43 @@ def generate(
         )
         draw = source.draw(ctx)
     report = _report(settings, draw, answerer) | {"settings_hash": asked}
-    with TrajectoryWriter(out, metadata={"generate": settings.model_dump(mode="json")}) as writer:
+    if report["left_out"].get(NO_ANSWER) == len(draw):
+        last = next(t.extra.get("error") for t in reversed(list(draw)))
+        raise SamplerError(f"none of {len(draw)} requests was answered; the last: {last}")
+    (out / REPORT).unlink(missing_ok=True)
+    remove_store(out)
+    metadata = {"generate": settings.model_dump(mode="json"), "settings_hash": asked}
+    with TrajectoryWriter(out, metadata=metadata) as writer:
         writer.write_all(replace(t, licence=settings.licence) for t in draw)
-    write_json(report_path, report, kept="The trajectories are written.")
+    write_json(out / REPORT, report, kept="The trajectories are written.")
     shutil.rmtree(work.parent)
     return report
+
+
+def _done(out: Path, asked: str) -> dict[str, Any] | None:
+    """The report of these settings' answers, or None where they are not all written.
+
+    Raises:
+        ConfigError: the folder holds answers to other settings.
+    """
+    has_store = (out / MANIFEST).exists()
+    report: dict[str, Any] = json.loads((out / REPORT).read_text()) if (out / REPORT).exists() else {}
+    there = {report.get("settings_hash")} if report else set()
+    there |= {TrajectoryStore(out).metadata.get("settings_hash")} if has_store else set()
+    if there - {asked}:
+        raise ConfigError(
+            f"{out} holds answers to other settings: choose another folder with out= (with an endpoint, "
+            f"teacher.journal={out / JOURNAL} keeps it from being asked the same twice)"
+        )
+    return report if report and has_store else None
+
+
+def _unjudge_failed(work: Path) -> None:
+    """Forget the verdicts beside a failed request, which is sent again."""
+    store = RoundStore(work / "judged")
+    for chunk in store.committed():
+        if any(t.finish == "error" for t in store.load(chunk) or ()):
+            store.discard(chunk)
 
 
 def _source(settings: GenerateSettings, bench: Workbench, work: Path, stack: ExitStack) -> tuple[Source, Any]:
@@ -189,26 +267,28 @@ def _source(settings: GenerateSettings, bench: Workbench, work: Path, stack: Exi
     teacher, rollout = settings.teacher, settings.rollout
     tasks = bench.train_tasks(settings.tasks)
     params = bench.sampling(rollout)
-    if teacher.url is not None and teacher.kind == "endpoint":
-        journal = stack.enter_context(RequestJournal(Path(settings.out) / "asked.jsonl"))
+    shown = grading.told(teacher)
+    if teacher.is_text:
+        journal = stack.enter_context(RequestJournal(teacher.journal or Path(settings.out) / JOURNAL))
         limit = None
         if teacher.requests_per_s or teacher.tokens_per_minute:
             limit = RateLimit(requests_per_s=teacher.requests_per_s, tokens_per_minute=teacher.tokens_per_minute)
         asker = EndpointSampler(
-            teacher.url,
+            addresses(teacher.url)[0],
             teacher.name,
             api_key_env=teacher.api_key_env,
             journal=journal,
             workers=teacher.workers,
             limit=limit,
             extra=teacher.extra,
+            max_tokens_field=teacher.max_tokens_field,
+            sends_seed=teacher.sends_seed,
         )
-        return Asked(tasks, asker, n=rollout.n, params=params), asker
+        return Asked(tasks, asker, n=rollout.n, params=params, shown=shown), asker
     sampler: Any
     if teacher.url is not None:
-        server = VLLMServer(teacher.url, api_key_env=teacher.api_key_env)
         sampler = VLLMSampler(
-            server,
+            [VLLMServer(url, api_key_env=teacher.api_key_env) for url in addresses(teacher.url)],
             stop_ids=bench.text.stop_ids,
             decode=bench.text.decode,
             author=teacher.name,
@@ -216,11 +296,12 @@ def _source(settings: GenerateSettings, bench: Workbench, work: Path, stack: Exi
         )
     else:
         sampler = InProcessSampler(
-            bench.policy.model,
+            bench.teacher_policy(bench.config.model.name, teacher.precision, teacher.quantise).model,
             stop_ids=bench.text.stop_ids,
             decode=bench.text.completion_text,
             author=teacher.name,
             max_batch=rollout.max_batch,
+            engine=rollout.decoding,
         )
     drawn = Drawn(
         tasks,
@@ -229,20 +310,34 @@ def _source(settings: GenerateSettings, bench: Workbench, work: Path, stack: Exi
         params=params,
         chunk_rows=rollout.chunk_rows,
         is_shuffled=False,
+        view=None if shown is None else lambda task, _: shown(task),
     )
     return drawn, sampler
 
 
 class Asked:
-    """Answers of an OpenAI-compatible endpoint: messages without token ids."""
+    """Answers of an OpenAI-compatible endpoint: messages without token ids.
 
-    def __init__(self, tasks: Sequence[Task], asker: EndpointSampler, *, n: int, params: Any) -> None:
-        self.tasks, self.asker, self.n, self.params = tuple(tasks), asker, n, params
+    Args:
+        shown: the task as the endpoint is to see it; the answer is stored behind the plain one.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        asker: EndpointSampler,
+        *,
+        n: int,
+        params: Any,
+        shown: Callable[[Task], Task] | None = None,
+    ) -> None:
+        self.tasks, self.asker, self.n, self.params, self.shown = tuple(tasks), asker, n, params, shown
 
     def draw(self, ctx: DrawContext) -> Draw:
         if ctx.progress:
             ctx.progress.start(f"asking {self.asker.author}", len(self.tasks) * self.n, "answers")
-        found = self.asker.ask(self.tasks, self.n, self.params, progress=ctx.progress)
+        tasks = self.tasks if self.shown is None else [self.shown(t) for t in self.tasks]
+        found = self.asker.ask(tasks, self.n, self.params, progress=ctx.progress)
         if ctx.progress:
             ctx.progress.finish()
         groups = tuple(

@@ -109,6 +109,10 @@ class RequestJournal:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a reply to a request."""
+        return key in self._places
+
     def get(self, key: str) -> Mapping[str, Any] | None:
         """The reply to a request, or None where there is none yet."""
         with self._lock:
@@ -147,6 +151,8 @@ class _Question:
     task: Task
     body: Mapping[str, Any]
     key: str
+    estimate: int
+    """Tokens, for the rate limit."""
 
 
 class EndpointSampler:
@@ -163,11 +169,12 @@ class EndpointSampler:
         journal: where answers are kept; None keeps none.
         workers: requests under way at a time.
         extra: further fields of every request, for example `{"top_k": -1}` for a vLLM server, whose model's own
-            sampling defaults would shape the answers otherwise.
+            sampling defaults would shape the answers otherwise. None leaves a field out.
         sends_seed: False for endpoints that refuse the field.
         max_tokens_field: "max_tokens", or "max_completion_tokens" where that is asked for.
         render: task -> prompt text. Given, the text route (`/completions`) is asked instead of the chat route.
-        max_failures: this many requests in a row without an answer end the run.
+        max_failures: this many requests in a row without an answer end the run; so do this many questions refused
+            before anything was answered, since what every request has is then what is refused.
     """
 
     def __init__(
@@ -202,6 +209,9 @@ class EndpointSampler:
         self._path = "/chat/completions" if render is None else "/completions"
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
+        self._has_answered = False
+        self._refused: set[str] = set()
+        """Questions that it said no to."""
 
     def complete(
         self, tasks: Sequence[Task], n: int, params: SamplingParams, *, progress: Progress | None = None
@@ -220,11 +230,12 @@ class EndpointSampler:
         Equal questions among the tasks get answers of their own.
 
         Raises:
-            SamplerError: the endpoint refuses every request (key, address, model, quota), or `max_failures` in a row
-                had no answer. What was answered is in the journal.
+            SamplerError: the endpoint refuses every request (key, address, model, quota, a field it does not take), or
+                `max_failures` in a row had no answer. What was answered is in the journal.
         """
         questions = self._questions(tasks, n, params)
-        self._failures_in_a_row = 0
+        self._failures_in_a_row, self._refused = 0, set()
+        self._has_answered = self._journal is not None and any(q.key in self._journal for q in questions)
 
         def done(_: int, answer: Answer) -> None:
             if progress is not None:
@@ -247,7 +258,8 @@ class EndpointSampler:
             for sample in range(first, first + n):
                 body = self._body(task, sample, params)
                 key = content_hash(self.client.base_url, self._path, body, sample)
-                out.append(_Question(task, body, key))
+                estimate = len(json.dumps(body)) // CHARS_PER_TOKEN + params.max_new_tokens
+                out.append(_Question(task, body, key, estimate))
         return out
 
     def _body(self, task: Task, sample: int, params: SamplingParams) -> dict[str, Any]:
@@ -263,15 +275,14 @@ class EndpointSampler:
             body["stop"] = list(params.stop)
         if self._sends_seed:
             body["seed"] = seed_for(task.hash, sample) % (1 << 31)
-        return {**body, **self._extra}
+        return {k: v for k, v in {**body, **self._extra}.items() if v is not None}
 
     def _answer(self, question: _Question) -> Answer:
         kept = self._journal.get(question.key) if self._journal is not None else None
         if kept is not None:
             return self._counted(replace(_parse(question.key, kept), is_cached=True))
-        estimate = len(json.dumps(question.body)) // CHARS_PER_TOKEN + int(question.body[self._max_tokens_field])
         try:
-            reply = self.client.request("POST", self._path, question.body, tokens=estimate)
+            reply = self.client.request("POST", self._path, question.body, tokens=question.estimate)
             answer = _parse(question.key, reply)
         except Refused as e:
             if e.status in _FATAL:
@@ -279,18 +290,25 @@ class EndpointSampler:
             return self._failed(question, str(e), is_alone=True)
         except (Unreachable, DataError) as e:
             return self._failed(question, str(e), is_alone=False)
-        self.client.limit.settle(estimate, answer.prompt_tokens + answer.completion_tokens)
+        self.client.limit.settle(question.estimate, answer.prompt_tokens + answer.completion_tokens)
         if self._journal is not None:
             self._journal.put(question.key, question.body, reply=reply)
         with self._lock:
-            self._failures_in_a_row = 0
+            self._failures_in_a_row, self._has_answered = 0, True
         return self._counted(answer)
 
     def _failed(self, question: _Question, why: str, *, is_alone: bool) -> Answer:
         if self._journal is not None:
             self._journal.put(question.key, question.body, error=why)
-        if not is_alone:
-            with self._lock:
+        with self._lock:
+            if is_alone:
+                self._refused.add(question.task.hash)
+                if not self._has_answered and len(self._refused) >= self._max_failures:
+                    raise SamplerError(
+                        f"the first {len(self._refused)} questions were all refused, so it is what every request has "
+                        f"(max_tokens_field, sends_seed and extra shape it); the last: {why}"
+                    )
+            else:
                 self._failures_in_a_row += 1
                 if self._failures_in_a_row >= self._max_failures:
                     raise SamplerError(f"{self._failures_in_a_row} requests in a row had no answer; the last: {why}")

@@ -11,6 +11,8 @@ from typing import Any
 from tutelage.errors import ConfigError
 from tutelage.types import Draw, DrawContext, Group, Source, Trajectory
 
+NO_ANSWER = "no answer"
+"""Mark of what was asked for in vain."""
 _ASKS_FOR_CODE = re.compile(r"```|\b(code|program|function|script|python|java|javascript|c\+\+|sql|html|bash)\b", re.I)
 _SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "CJK", "GREEK": "", "MATHEMATICAL": "", "MODIFIER": ""}
 """Scripts written together count as one; Greek and mathematical letters count nowhere, since formulas have them."""
@@ -85,7 +87,7 @@ def left_out(trajectories: Sequence[Trajectory] | Draw) -> dict[str, int]:
 def _reason(t: Trajectory, question: str, rules: TextRules) -> str | None:
     text = _said(t)
     if t.finish == "error":
-        return "no answer"
+        return NO_ANSWER
     if t.verdict is not None and not t.verdict.is_accepted:
         return "error" if t.verdict.status == "error" else "rejected"
     if rules.truncated and t.is_truncated:
