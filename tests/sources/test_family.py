@@ -1,11 +1,14 @@
 """Sources of the rejection-sampling family: paths, rising thresholds, refilling."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tutelage.errors import ConfigError
+from tutelage.methods import METHODS
+from tutelage.methods.keeping import keep_of
 from tutelage.sources import Accepted, Judged, Keep, Paths, Refilled, RisingThresholds
 from tutelage.sources.drawn import Drawn
 from tutelage.sources.paths import equations
@@ -82,7 +85,7 @@ def test_one_completion_of_each_path_is_kept_and_wrong_equations_are_rejected() 
 
 def test_one_draw_serves_every_threshold() -> None:
     inner = Fixed([said("a", score=0.2), said("b", score=0.6), said("c", score=0.9)])
-    source = RisingThresholds(inner, [0.0, 0.5, 0.9], keep=Keep(distinct=None))
+    source = RisingThresholds(inner, [0.0, 0.5, 0.8], keep=Keep(distinct=None))
     kept = [[t.completion for t in source.draw(ctx(r)).kept()] for r in range(4)]
     assert kept == [["a", "b", "c"], ["b", "c"], ["c"], ["a", "b", "c"]] and inner.asked == 2
     assert [source.draw(ctx(r)).is_on_policy for r in (3, 4)] == [True, False]
@@ -90,6 +93,43 @@ def test_one_draw_serves_every_threshold() -> None:
     assert [len(quantiles.draw(ctx(r)).kept()) for r in (0, 1)] == [3, 2]
     with pytest.raises(ConfigError, match="must rise"):
         RisingThresholds(inner, [0.5, 0.1])
+
+
+def test_a_score_must_be_above_the_threshold_so_rejected_answers_never_pass_the_first() -> None:
+    inner = Fixed([said("wrong", score=0.0), said("half", score=0.5), said("right", score=1.0)])
+    source = RisingThresholds(inner, [0.0, 0.5, 0.9], keep=Keep(distinct=None))
+    draws = [source.draw(ctx(r)) for r in range(3)]
+    assert [[t.completion for t in d.kept()] for d in draws] == [["half", "right"], ["right"], ["right"]]
+    assert [d.stats["data/threshold"] for d in draws] == [0.0, 0.5, 0.9]
+    quantiles = RisingThresholds(inner, [0.5], are_quantiles=True, keep=Keep(distinct=None))
+    assert [t.completion for t in quantiles.draw(ctx()).kept()] == ["half", "right"], "the quantile itself passes"
+
+
+@pytest.mark.parametrize("are_quantiles", [False, True])
+def test_a_draw_whose_every_verdict_is_an_error_keeps_nothing(are_quantiles: bool) -> None:
+    broken = replace(said("a"), verdict=Verdict(status=Status.ERROR, reason="time limit"))
+    draw = RisingThresholds(Fixed([broken, broken]), [0.0], are_quantiles=are_quantiles).draw(ctx())
+    assert not draw.kept() and {t.marks for t in draw} == {("error",)}
+
+
+def test_solved_prompts_are_left_out_from_the_second_round_on() -> None:
+    keep = Keep(distinct=None, drop_all_correct=True)
+    for source in (
+        Accepted(Fixed([said("a"), said("b")]), keep),
+        RisingThresholds(Fixed([said("a"), said("b")]), [0.0, 0.5], keep=keep),
+    ):
+        assert [len(source.draw(ctx(r)).kept()) for r in range(3)] == [2, 0, 0]
+
+
+def test_raft_takes_the_first_of_equally_good_answers() -> None:
+    def long(text: str, tokens: int) -> Trajectory:
+        span = Span(token_ids=(1,) * tokens, role="assistant", author="student", is_sampled=True, is_trainable=True)
+        return replace(said(text), spans=(span,))
+
+    group = [said("wrong", score=0.0), long("first, and long", 9), long("short", 1), long("medium", 4)]
+    section = METHODS["raft"].settings.model_fields["keep"].get_default(call_default_factory=True)
+    draw = Accepted(Fixed(group), keep_of(section)).draw(ctx())
+    assert [t.completion for t in draw.kept()] == ["first, and long"]
 
 
 # -- refilling ----------------------------------------------------------------------------------

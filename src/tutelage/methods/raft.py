@@ -39,7 +39,9 @@ class RAFT(Imitation):
     name: str = "raft"
     """The stage's name within a plan."""
     rollout: RolloutSettings = Field(default_factory=lambda: RolloutSettings(n=8))
-    keep: KeepSettings = Field(default_factory=lambda: KeepSettings(distinct=None, best_of=1, cap=None))
+    keep: KeepSettings = Field(
+        default_factory=lambda: KeepSettings(distinct=None, best_of=1, cap=None, order="sampled")
+    )
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(epochs=1, schedule="constant"))
     rounds: Positive = 8
     """Times to sample and train."""

@@ -47,7 +47,7 @@ class ReST(Imitation):
     name: str = "rest"
     """The stage's name within a plan."""
     thresholds: tuple[float, ...] = Field((0.0, 0.5, 0.9), min_length=1)
-    """One for each Improve, rising."""
+    """One for each Improve, rising: what scores more is trained on."""
     are_quantiles: bool = False
     """Thresholds are shares of the draw's scores: 0.9 keeps the best tenth."""
     keep: KeepSettings = Field(default_factory=lambda: KeepSettings(cap=None))

@@ -67,9 +67,7 @@ class Accepted:
         return replace(out, stats={**out.stats, **keep_stats(out)})
 
     def _mark(self, group: Group, ctx: DrawContext) -> list[Trajectory]:
-        marks = marks_in(
-            group, self.keep if ctx.round else replace(self.keep, drop_all_correct=False), ctx, self.budget
-        )
+        marks = marks_in(group, self.keep, ctx, self.budget)
         return [t if mark is None else t.marked(mark) for t, mark in zip(group.trajectories, marks, strict=True)]
 
     def state(self) -> Mapping[str, Any]:
@@ -80,8 +78,8 @@ class Accepted:
 
 
 def marks_in(group: Group, keep: Keep, ctx: DrawContext, budget: Budget | None = None) -> list[str | None]:
-    """`keep_marks`, or with `random_budget` as many drawn by lot."""
-    marks = keep_marks(group, keep)
+    """`keep_marks` as they are in this round, or with `random_budget` as many drawn by lot."""
+    marks = keep_marks(group, keep if ctx.round else replace(keep, drop_all_correct=False))
     if not keep.random_budget:
         return marks
     count = sum(m is None for m in marks) if budget is None else budget(ctx, group)

@@ -13,7 +13,7 @@ from tutelage.types import Draw, DrawContext, Group, Source, Status, Trajectory
 
 
 class RisingThresholds:
-    """A Grow round draws; it and the rounds after it train on what scores at least their threshold.
+    """A Grow round draws; it and the rounds after it train on what scores more than their threshold.
 
     Round r belongs to Grow r // len(thresholds) and has threshold r % len(thresholds). Only Grow rounds sample; the
     Improve rounds after them train on the same draw again and are off-policy. The draw is kept on disk, so a resumed
@@ -21,7 +21,8 @@ class RisingThresholds:
 
     Args:
         source: judged completions.
-        thresholds: rising; scores, or with `are_quantiles` shares of the draw's scores (0.7: the best 30%).
+        thresholds: rising; scores, or with `are_quantiles` shares of the draw's scores (0.7: the best 30%, with those
+            that equal the quantile).
         keep: further rules, applied after the threshold; its own `min_score` must be None.
         budget: as for `Accepted`.
 
@@ -58,10 +59,8 @@ class RisingThresholds:
         if improve == 0:
             self._grow(ctx)
         grown = self._again(ctx)
-        threshold = self.thresholds[improve]
-        if self.are_quantiles:
-            threshold = float(np.quantile([_score(t) for t in grown if _is_judged(t)], threshold))
-        keep = replace(self.keep, min_score=threshold)
+        threshold, least = self._threshold(grown, self.thresholds[improve])
+        keep = replace(self.keep, min_score=least)
         marked = [
             t if mark is None else t.marked(mark)
             for g in grown.groups
@@ -72,6 +71,14 @@ class RisingThresholds:
         if improve:
             return replace(out, author="recorded", is_on_policy=False, stats=stats)
         return replace(out, stats=stats)
+
+    def _threshold(self, grown: Draw, threshold: float) -> tuple[float, float]:
+        """It as a score, and the least score that passes it: the next larger number, or the quantile itself."""
+        if not self.are_quantiles:
+            return threshold, float(np.nextafter(threshold, np.inf))
+        scores = [_score(t) for t in grown if _is_judged(t)]
+        quantile = float(np.quantile(scores, threshold)) if scores else 0.0  # nothing was judged: nothing is kept
+        return quantile, quantile
 
     def _grow(self, ctx: DrawContext) -> None:
         self._grown, self._round = self.source.draw(ctx), ctx.round
