@@ -13,7 +13,7 @@ from test_job import StopAfter, assert_same_run, demonstrations, job, metrics, r
 
 from tutelage.data.rounds import RoundStore
 from tutelage.data.store import Manifest, TrajectoryStore
-from tutelage.errors import CheckpointError, ConfigError, Interrupted
+from tutelage.errors import CheckpointError, ConfigError, DataError, Interrupted
 from tutelage.methods import METHODS
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
@@ -81,6 +81,32 @@ def test_a_stopped_rl_run_with_refilling_and_several_updates_resumes_to_the_same
     Job(config, folder, is_resume=True)()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     assert any(e["data/num_refill_draws"] > 0 for e in events(tmp_path / "whole", "draw"))
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_rej"])
+def test_rl_on_what_is_solved_ends_its_stage_and_has_a_result(method: str, tmp_path: Path, tiny_folder: Path) -> None:
+    write_verifier(tmp_path, "True")
+    job(family(method, tmp_path, tiny_folder, rounds=9))()
+    run = tmp_path / "run"
+    end = events(run, "stage_end")[0]
+    assert (end["ended_by"], end["rounds"], end["step"]) == ("NOTHING_LEFT", 3, 0)
+    assert len(events(run, "empty_round")) == 3 and json.loads((run / "result.json").read_text())["status"] == "done"
+
+
+def test_prompts_that_are_left_out_once_solved_end_the_stage(tmp_path: Path, tiny_folder: Path) -> None:
+    write_verifier(tmp_path, "True")
+    keep = {"distinct": None, "cap": None, "drop_truncated": False, "drop_all_correct": True}
+    job(family("rejection_sampling", tmp_path, tiny_folder, rounds=9, keep=keep))()
+    end = events(tmp_path / "run", "stage_end")[0]
+    assert (end["ended_by"], end["rounds"]) == ("NOTHING_LEFT", 4) and end["step"] > 0
+
+
+def test_rules_that_never_keep_what_was_accepted_stop_the_run(tmp_path: Path, tiny_folder: Path) -> None:
+    keep = {"distinct": None, "cap": None, "drop_truncated": False, "min_score": 2.0}
+    with pytest.raises(
+        DataError, match=r"round 2: nothing to train on. Of 36 trajectories \d+ were accepted and 0 kept"
+    ):
+        job(family("rejection_sampling", tmp_path, tiny_folder, rounds=9, keep=keep))()
 
 
 def test_star_hides_the_hint_and_restarts_from_base(tmp_path: Path, tiny_folder: Path) -> None:

@@ -42,6 +42,12 @@ if TYPE_CHECKING:  # the loop imports this module
     from tutelage.train.loop import Stage
 
 
+NOTHING_LEFT = "NOTHING_LEFT"
+"""Ends a stage: there are right answers, and no more to learn from them."""
+EMPTY_ROUNDS = 3
+"""Rounds in a row with nothing to train on that end a stage."""
+
+
 @dataclass
 class Cursor:
     """How far a run is."""
@@ -118,9 +124,12 @@ class Session:
         self._stage_state: dict[str, Any] = {}
         self._resumed_from: Path | None = None
         self._round_start: Mapping[str, Any] = {}
-        self._empty_rounds = 0
+        self._trained_round = -1
+        """The stage's last round with something to train on."""
+        self._has_accepted = False
+        """Since then something was accepted, and no update came of it."""
         self.ended_by = "ROUNDS"
-        """What ended the stage before this one: its rounds, or a monitor's verdict."""
+        """What ended the stage before this one: its rounds, a monitor's verdict, or NOTHING_LEFT."""
         self._verdict: str | None = None
         self._last_save = (time.monotonic(), 0)
 
@@ -301,7 +310,12 @@ class Session:
         self.trainer.optimizer.reset()
 
     def prepare(self, stage: "Stage", draw: Draw) -> Targets:
-        """The signal's targets. A draw with nothing to train on gives no updates, and says so."""
+        """The signal's targets. A draw with nothing to train on gives no updates, and says so; after `EMPTY_ROUNDS` such
+        draws in a row `after_round` ends the stage.
+
+        Raises:
+            DataError: so many, or the stage's first, and nothing was accepted; or nothing accepted was ever kept.
+        """
         try:
             targets = stage.signal.prepare(draw, score_student=self._score_once(stage))
         except SamplerError as error:  # a teacher behind a server
@@ -309,7 +323,7 @@ class Session:
         if self.cursor.step == 0:
             self.run.log_event("targets", {"round": self.cursor.round, "divisor": targets.divisor, **targets.stats})
         if any(r.is_trained for r in targets.rows):
-            self._empty_rounds = 0
+            self._trained_round, self._has_accepted = self.cursor.round, False
             batches = self.trainer.batches(targets.rows, stage.trainer, self.place(stage))
             total = len(batches)
             self._updates = targets.rows, batches
@@ -318,7 +332,8 @@ class Session:
             self.progress.inner.start(f"training, round {self.cursor.round + 1} of {stage.rounds}", total, "updates")
             self.progress.inner.advance(self.cursor.step)
             return targets
-        self._empty_rounds += 1
+        has_trained = self._trained_round >= 0
+        self._has_accepted |= any(t.verdict and t.verdict.is_accepted and (t.weight or has_trained) for t in draw)
         verdicts = [t.verdict for t in draw if t.verdict is not None]
         reasons: dict[str, int] = {}
         for v in verdicts:
@@ -330,13 +345,17 @@ class Session:
             + (f"; verdicts: {top}" if top else "")
         )
         is_hopeless = self.cursor.round == 0 and verdicts and not any(v.is_accepted for v in verdicts)
-        if is_hopeless or self._empty_rounds >= 3:
+        if is_hopeless or (self._is_spent and not self._has_accepted):
             raise DataError(
                 f"{what}. Sample more per prompt, use easier prompts, check the verifier on a few completions in "
                 f"{self.run.trajectories}, or give demonstrations first (SFT)."
             )
         self.run.log_event("empty_round", {"round": self.cursor.round, "why": what})
         return Targets(rows=[], divisor=targets.divisor)
+
+    @property
+    def _is_spent(self) -> bool:
+        return self.cursor.round - self._trained_round >= EMPTY_ROUNDS
 
     def _score_once(self, stage: "Stage") -> Callable[[Sequence[Trajectory]], list[Sequence[float]]]:
         """Scores under the weights before the round's first update: kept on disk, since a resumed run has others."""
@@ -423,10 +442,10 @@ class Session:
             if self.run.is_writer:
                 probed.drop_after(self.run.root, start)
             reports = [(m, r) for m, r in reports if r.should_revert]  # the others judged weights that are gone
-        should_stop = any(r.should_stop for _, r in reports)
+        should_stop = self._is_spent or any(r.should_stop for _, r in reports)
         self.cursor.round, self.cursor.step = self.cursor.round + 1, 0
         if should_stop:
-            self._verdict = next(r.verdict for _, r in reports if r.should_stop)
+            self._verdict = next((r.verdict for _, r in reports if r.should_stop), NOTHING_LEFT)
             self._hand_over(reports)
             return True  # saved by `leave`, as the next stage's start
         if any(getattr(m, "saves_rounds", True) for m in stage.monitors) or self._is_time_to_save():
@@ -465,7 +484,7 @@ class Session:
 
     def skip(self) -> None:
         """Go on to the next stage."""
-        self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
+        self._next_stage()
 
     def leave(self, stage: "Stage", *, is_last: bool) -> None:
         """End a stage. Unless it is the last, its weights are kept under its name for later stages to start from."""
@@ -476,9 +495,13 @@ class Session:
         self.ended_by, self._verdict = self._verdict or "ROUNDS", None
         fields = {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round}
         self.run.log_event("stage_end", {**fields, "ended_by": self.ended_by, "step": self.cursor.total_steps})
-        self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
+        self._next_stage()
         self._round_start = {}
         self.save(None)
+
+    def _next_stage(self) -> None:
+        self.cursor.stage, self.cursor.round, self.cursor.step = self.cursor.stage + 1, 0, 0
+        self._trained_round, self._has_accepted = -1, False
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -505,7 +528,8 @@ class Session:
                 "scores": self.scores,
                 "num_tokens": self.num_tokens,
                 "times_s": self.times_s,
-                "empty_rounds": self._empty_rounds,
+                "trained_round": self._trained_round,
+                "has_accepted": self._has_accepted,
                 "ended_by": self.ended_by,
                 "logs": self.run.log_sizes(),
                 "ledger": None if self.ledger is None else self.ledger.state(),
@@ -556,7 +580,8 @@ class Session:
             raise CheckpointError(f"{folder} belongs to a run with seed {state['seed']}, not {self.seed}")
         self.cursor = Cursor(**state["cursor"])
         self.scores, self.num_tokens, self.times_s = state["scores"], state["num_tokens"], state["times_s"]
-        self._empty_rounds, self.ended_by = state["empty_rounds"], state.get("ended_by", "ROUNDS")
+        self._trained_round, self._has_accepted = state["trained_round"], state["has_accepted"]
+        self.ended_by = state.get("ended_by", "ROUNDS")
         if self.ledger is not None and state.get("ledger"):
             self.ledger.restore(state["ledger"])
         self._stage_state = state["stage"]
