@@ -255,18 +255,28 @@ def test_the_random_budget_keeps_as_many_but_others(tmp_path: Path, tiny_folder:
 # -- the gate and graduation --------------------------------------------------------------------
 
 
-def test_the_gate_takes_a_ruinous_round_back_and_two_end_the_stage(tmp_path: Path, tiny_folder: Path) -> None:
+def ruinous(folder: Path, model: Path, **more: Any) -> dict[str, Any]:
     """A verifier that accepts early rounds' habits only: trained with a far too high rate, the model breaks."""
-    write_verifier(tmp_path, "len(set(completion)) >= 4")
-    settings = family("rejection_sampling", tmp_path, tiny_folder, gate=True, rounds=4)
+    write_verifier(folder, "len(set(completion)) >= 4")
+    settings = family("rejection_sampling", folder, model, gate=True, rounds=4, **more)
     settings["probe"] = {"questions": 9, "n": 16}
     settings["train"] |= {"lr": 3.0, "optimizer": "adamw", "schedule": "constant", "warmup": 0.0, "epochs": 2}
     settings["tasks"] |= {"heldout": 0}
-    job(settings)()
+    return settings
+
+
+@pytest.mark.parametrize("saving", [{}, {"keep": 1, "every_steps": 1}], ids=["by rounds", "one, by steps"])
+def test_the_gate_takes_a_ruinous_round_back_and_two_end_the_stage(
+    tmp_path: Path, tiny_folder: Path, saving: dict[str, Any]
+) -> None:
+    job(ruinous(tmp_path, tiny_folder, saving=saving))()
     run = tmp_path / "run"
     verdicts = [(e["round"], e["verdict"], e["stop"]) for e in events(run, "verdict")]
     assert verdicts == [(0, "CONTINUE", False), (0, "REGRESSED", False), (1, "REGRESSED", True)]
     assert len(events(run, "revert")) == 2
+    named = [{span.policy_version for t in r for span in t.spans if span.is_sampled} for r in stored(run)]
+    steps = events(run, "verdict")[1]["step"]
+    assert named == [{"stage0-step0"}, {f"stage0-step{steps}-revert1"}]  # not what the round taken back was called
     base, after = weights(tiny_folder), weights(run / "model")
     assert all(torch.equal(base[k], after[k]) for k in base)
 

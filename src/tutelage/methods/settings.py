@@ -389,7 +389,7 @@ class SavingSettings(Settings):
     every_minutes: float = Field(5.0, gt=0)
     """Make one at least this often."""
     keep: Positive = 2
-    """How many are kept."""
+    """How many are kept; while a gate may take the round back at least 2: the newest, and the round's start."""
 
 
 class DistributedSettings(Settings):

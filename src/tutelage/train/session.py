@@ -131,6 +131,7 @@ class Session:
         self.ended_by = "ROUNDS"
         """What ended the stage before this one: its rounds, a monitor's verdict, or NOTHING_LEFT."""
         self._verdict: str | None = None
+        self._reverts = 0
         self._last_save = (time.monotonic(), 0)
 
     # -- places --------------------------------------------------------------------------------
@@ -263,7 +264,9 @@ class Session:
 
     @property
     def _version(self) -> str:
-        return f"stage{self.cursor.stage}-step{self.cursor.total_steps}"
+        """Names the weights: the updates go on being counted where some were taken back, so those say how often."""
+        taken_back = f"-revert{self._reverts}" if self._reverts else ""
+        return f"stage{self.cursor.stage}-step{self.cursor.total_steps}{taken_back}"
 
     def _cut_short(self, stage: "Stage", error: SamplerError) -> Exception:
         """What to raise where nobody samples any more: saved, if all processes are here to save."""
@@ -448,7 +451,7 @@ class Session:
             self._verdict = next((r.verdict for _, r in reports if r.should_stop), NOTHING_LEFT)
             self._hand_over(reports)
             return True  # saved by `leave`, as the next stage's start
-        if any(getattr(m, "saves_rounds", True) for m in stage.monitors) or self._is_time_to_save():
+        if _may_go_back(stage) or self._is_time_to_save():
             self.save(stage)
         return should_stop
 
@@ -480,6 +483,7 @@ class Session:
                 f"cannot go back to the start of round {self.cursor.round}: no checkpoint ending in {start} is left in "
                 f"{self.run.checkpoints}"
             )
+        self._reverts += 1
         self.run.log_event("revert", {"round": self.cursor.round, "to": found[-1].name if found else "base"})
 
     def skip(self) -> None:
@@ -531,6 +535,7 @@ class Session:
                 "trained_round": self._trained_round,
                 "has_accepted": self._has_accepted,
                 "ended_by": self.ended_by,
+                "reverts": self._reverts,
                 "logs": self.run.log_sizes(),
                 "ledger": None if self.ledger is None else self.ledger.state(),
                 "stage": {},
@@ -544,7 +549,8 @@ class Session:
             c = self.cursor
             name = f"step-{c.total_steps:07d}-{c.stage:02d}-{c.round:05d}-{c.step:05d}"
             write = functools.partial(self._write, stage)
-            checkpoint.save(self.run.checkpoints, name, write, state, keep=self.saving.keep)
+            least = 2 if stage is not None and _may_go_back(stage) else 1  # the newest, and the round's start
+            checkpoint.save(self.run.checkpoints, name, write, state, keep=max(least, self.saving.keep))
             self._drop_finished_work()
 
     def _write(self, stage: "Stage | None", folder: Path) -> None:
@@ -581,7 +587,7 @@ class Session:
         self.cursor = Cursor(**state["cursor"])
         self.scores, self.num_tokens, self.times_s = state["scores"], state["num_tokens"], state["times_s"]
         self._trained_round, self._has_accepted = state["trained_round"], state["has_accepted"]
-        self.ended_by = state.get("ended_by", "ROUNDS")
+        self.ended_by, self._reverts = state.get("ended_by", "ROUNDS"), state["reverts"]
         if self.ledger is not None and state.get("ledger"):
             self.ledger.restore(state["ledger"])
         self._stage_state = state["stage"]
@@ -607,6 +613,11 @@ class Session:
 
     def _report_damage(self, name: str, why: str) -> None:
         self.run.log_event("damaged_checkpoint", {"checkpoint": name, "why": why})
+
+
+def _may_go_back(stage: "Stage") -> bool:
+    """Whether a monitor of the stage may need the start of a round."""
+    return any(getattr(m, "saves_rounds", True) for m in stage.monitors)
 
 
 def _is_greedy(trajectory: Trajectory) -> bool:
