@@ -1,7 +1,10 @@
 """Whole runs on a tiny model: from a config to `result.json`, stopped and resumed, and given bad input."""
 
 import json
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tutelage.data.files import DiskError
 from tutelage.data.store import TrajectoryStore
 from tutelage.errors import CheckpointError, ConfigError, DataError, Interrupted
 from tutelage.methods.config import load_config
@@ -351,27 +355,70 @@ def test_verifier_code_outside_the_folder_is_named_and_asked_for(tmp_path: Path,
     assert len(asked) == 1 and "judge.py" in asked[0]
 
 
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system refuses to write longer files, as it refuses to write to a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("part", ["model", "adapter", "optimiser"])
 def test_a_full_disk_while_saving_leaves_the_checkpoint_before(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
+    from tutelage.methods.student import Student
     from tutelage.train.optim import Optimizer
 
-    job(demonstrations(tmp_path, tiny_folder, "whole"))()
-    save, calls = Optimizer.save, []
+    def made(run: str, **more: Any) -> Job:
+        settings = demonstrations(tmp_path, tiny_folder, run, **more)
+        settings["model"] |= {"lora": {"r": 8, "alpha": 8}} if part == "adapter" else {}
+        return job(settings | {"train": {"lr": 1e-2, "batch_size": 4, "epochs": 4}})
 
-    def full(self: Optimizer, path: Path) -> None:
+    made("whole")()
+    owner, name = (Optimizer, "save") if part == "optimiser" else (Student, "save_weights")
+    save, calls = getattr(owner, name), []
+
+    def full(self: Any, path: Path) -> None:
         calls.append(path)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        save(self, path)
+        with files_of_at_most(9_000) if len(calls) == 3 else nullcontext():
+            save(self, path)
 
-    monkeypatch.setattr(Optimizer, "save", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device.* The 2 made before it are intact"):
-        job(demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3}))()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(CheckpointError, match=r"File too large.* The 2 made before it are intact"):
+            made("cut", saving={"every_steps": 3})()
     assert not list((tmp_path / "cut" / "checkpoints").glob(".*"))
     config, folder = config_of(tmp_path / "cut")
     Job(config, folder, is_resume=True)()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("where", ["the weights of a stage", "the final weights"])
+def test_a_full_disk_between_checkpoints_is_named_and_the_run_goes_on(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from tutelage.methods.student import Student
+
+    one = demonstrations(tmp_path, tiny_folder, train={"epochs": 1, "batch_size": 4})
+    shared = {k: one.pop(k) for k in ("run_dir", "model")}
+    settings = shared | {"stages": [one, one | {"name": "again"}]}
+    name = "save_weights" if where == "the weights of a stage" else "save_final"
+    save = getattr(Student, name)
+
+    def full(self: Any, folder: Path) -> None:
+        with files_of_at_most(9_000) if folder.parent.name in ("stages", "run") else nullcontext():
+            save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, name, full)
+        with pytest.raises(DiskError, match=r"could not be written: File too large\. The checkpoints"):
+            job(settings)()
+    config, folder = config_of(tmp_path / "run")
+    assert Job(config, folder, is_resume=True)()["status"] == "done"
 
 
 def test_at_most_keep_checkpoints_are_left(tmp_path: Path, tiny_folder: Path) -> None:

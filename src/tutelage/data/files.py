@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,36 @@ def disk_error(error: OSError, path: Path, *, kept: str, do: str = "") -> DiskEr
     why = error.strerror or str(error)
     what = "Free some space or choose another folder, then resume." if full else "Check the folder and its device."
     return DiskError(f"{path} could not be written: {why}. {kept} {do or what}".replace("  ", " "))
+
+
+@contextmanager
+def tensor_file_errors(path: Path) -> Iterator[None]:
+    """Within it safetensors fails as other writers do.
+
+    Raises:
+        OSError: the system refused; safetensors says so in the text of an error of its own kind.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
+def disk_errors(path: Path, *, kept: str) -> Iterator[None]:
+    """Within it what the disk refuses is a `DiskError` that says what is still there."""
+    try:
+        with tensor_file_errors(path):
+            yield
+    except OSError as error:
+        if isinstance(error, DiskError):
+            raise
+        raise disk_error(error, path, kept=kept) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import yaml
 
 import tutelage
 from tutelage.data.collate import collate
+from tutelage.data.files import disk_errors
 from tutelage.data.quarantine import Quarantine
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError
@@ -149,7 +150,8 @@ class Job:
             student.refresh()
         with student.gathered():
             if self.processes.is_first:
-                student.save_final(self.root / "model")
+                with disk_errors(self.root / "model", kept="The checkpoints are intact."):
+                    student.save_final(self.root / "model")
 
     def build_plan(self) -> list[Stage]:
         """The config's stages as sources and signals."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutelage.data.files import sync_tree, tensor_file_errors
 from tutelage.methods.config import RunConfig
 from tutelage.policies.load import DTYPES, load_model, save_model, stored_dtype
 from tutelage.policies.policy import Policy, add_lora, merged_copy
@@ -121,9 +122,11 @@ class Student:
             from safetensors.torch import save_file
 
             state = {"state_dict": dict(masters)} if self.is_sharded else {}
-            self.policy.model.save_pretrained(folder, safe_serialization=True, **state)
+            with tensor_file_errors(folder):
+                self.policy.model.save_pretrained(folder, safe_serialization=True, **state)
+                save_file({k: v.cpu().contiguous() for k, v in masters.items()}, folder / MASTERS)
             self.tokenizer.save_pretrained(folder)
-            save_file({k: v.cpu().contiguous() for k, v in masters.items()}, folder / MASTERS)
+            sync_tree(folder)
             return
         if self.is_sharded:
             save_model(self.policy.model, self.tokenizer, folder, state={**_buffers(self.policy.model), **masters})

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tutelage.data.files import sync_tree, tensor_file_errors
 from tutelage.errors import ConfigError, MissingExtra
 from tutelage.policies import smollm2
 
@@ -199,18 +199,9 @@ def save_model(
     if dtype is not None:
         model.config.dtype = dtype
     try:
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        with tensor_file_errors(folder):
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     finally:
         model.config.dtype = saved_dtype
     tokenizer.save_pretrained(folder)
-    _flush(folder)
-
-
-def _flush(folder: Path) -> None:
-    """Force the folder's files to disk, so that a rename after this cannot leave an empty file behind."""
-    for path in [*folder.iterdir(), folder]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    sync_tree(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tutelage.data.files import tensor_file_errors
 from tutelage.errors import ConfigError
 
 PAD, END = "<pad>", "<end>"
@@ -77,6 +78,7 @@ def save_scratch_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with tensor_file_errors(folder):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return int(sum(p.numel() for p in model.parameters()))

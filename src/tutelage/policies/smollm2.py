@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tutelage.data.files import tensor_file_errors
 from tutelage.errors import MissingExtra
 
 NAME = "SmolLM2-135M-Instruct"
@@ -69,7 +70,8 @@ def smollm2_path() -> Path:
     fresh.generation_config.eos_token_id = ends
     fresh.generation_config.bos_token_id = tokenizer.bos_token_id
     fresh.generation_config.pad_token_id = tokenizer.pad_token_id
-    fresh.save_pretrained(work)
+    with tensor_file_errors(work):
+        fresh.save_pretrained(work)
     tokenizer.save_pretrained(work)
     (work / "provenance.json").write_text(json.dumps({"weights": PROVENANCE, "file": source.name}, indent=2))
     try:

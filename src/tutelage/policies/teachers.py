@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tutelage.data.collate import Batch, collate
+from tutelage.data.files import tensor_file_errors
 from tutelage.data.logit_cache import TopK
 from tutelage.data.pack import microbatches
 from tutelage.errors import CheckpointError, ConfigError, DataError, SamplerError
@@ -314,7 +315,8 @@ class AveragedTeacher(SelfTeacher):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: a.contiguous().cpu() for n, a in self.average.items()}, folder / self.FILE)
+        with tensor_file_errors(folder / self.FILE):
+            save_file({n: a.contiguous().cpu() for n, a in self.average.items()}, folder / self.FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from tutelage.data.files import tensor_file_errors
 from tutelage.errors import ConfigError, SamplerError
 from tutelage.policies.http import HttpClient, Refused, RetryPolicy, Unreachable, run_all
 from tutelage.policies.vllm_launch import PLUGIN, ServerProcess
@@ -302,7 +303,8 @@ def save_weights(state_dict: Mapping[str, Any], parent: Path | None = None) -> P
         storage = own.untyped_storage().data_ptr()
         kept[name] = own.clone() if storage in storages else own
         storages.add(storage)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with tensor_file_errors(folder):
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tutelage.data.files import tensor_file_errors
 from tutelage.errors import CheckpointError, ConfigError, NumericsError
 from tutelage.train import sharding
 from tutelage.train.sharding import LOW_PRECISION
@@ -225,7 +226,8 @@ class Optimizer:
                     tensors[full] = self._gathered()[full].contiguous()
                 elif value is not None:
                     tensors[full] = torch.as_tensor(value).detach().cpu().contiguous()
-        save_file(tensors, path, metadata={"kind": type(self.rule).__name__})
+        with tensor_file_errors(path):
+            save_file(tensors, path, metadata={"kind": type(self.rule).__name__})
 
     def load(self, path: Path) -> None:
         """Exactly what `save` wrote.

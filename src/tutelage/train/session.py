@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from tutelage.data.files import atomic_file
+from tutelage.data.files import atomic_file, disk_errors
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import CheckpointError, DataError, Interrupted, NumericsError, SamplerError
 from tutelage.train import checkpoint, probed
@@ -495,7 +495,9 @@ class Session:
         if not is_last:
             with self.trainer.optimizer.gathered():
                 if self.run.is_writer:
-                    self.weights.save(self.run.root / "stages" / stage.name)
+                    folder = self.run.root / "stages" / stage.name
+                    with disk_errors(folder, kept="The checkpoints made before it are intact."):
+                        self.weights.save(folder)
         self.ended_by, self._verdict = self._verdict or "ROUNDS", None
         fields = {"stage": self.cursor.stage, "name": stage.name, "rounds": self.cursor.round}
         self.run.log_event("stage_end", {**fields, "ended_by": self.ended_by, "step": self.cursor.total_steps})
