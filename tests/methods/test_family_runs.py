@@ -83,6 +83,20 @@ def test_a_stopped_rl_run_with_refilling_and_several_updates_resumes_to_the_same
     assert any(e["data/num_refill_draws"] > 0 for e in events(tmp_path / "whole", "draw"))
 
 
+def test_refilling_counts_groups_as_the_signal_does_where_truncated_ones_are_dropped(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    more = {"rollout": {"n": 3, "max_new_tokens": 24, "prompts_per_round": 3}, "truncated": "drop"}
+    job(family("grpo", tmp_path, tiny_folder, refill_draws=3, rounds=1, **more))()
+    groups: dict[int, list[Trajectory]] = {}
+    for t in stored(tmp_path / "run")[0]:
+        groups.setdefault(t.prompt_index, []).append(t)
+    rewards = {i: {t.verdict.is_accepted for t in ts if not t.is_truncated} for i, ts in groups.items()}
+    hidden = [i for i, ts in groups.items() if len({t.verdict.is_accepted for t in ts}) == 2 and len(rewards[i]) < 2]
+    assert hidden  # mixed only by completions that were cut
+    assert all((len(rewards[i]) == 2) == all(t.weight for t in ts) for i, ts in groups.items())
+
+
 @pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_rej"])
 def test_rl_on_what_is_solved_ends_its_stage_and_has_a_result(method: str, tmp_path: Path, tiny_folder: Path) -> None:
     write_verifier(tmp_path, "True")

@@ -196,6 +196,39 @@ def test_truncated_completions_are_kept_masked_or_dropped_as_stated() -> None:
 # -- ratios -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("truncated", "advantage", "rewards", "cut", "expected"),
+    [
+        ("drop", "grpo", [1.0, 1.0, 0.0], [2], False),  # all the same once the cut one is out
+        ("drop", "grpo", [1.0, 0.0, 0.0], [2], True),
+        ("mask", "grpo", [1.0, 1.0, 0.0], [2], True),  # the cut one is in the baseline
+        ("mask", "grpo", [1.0, 1.0, 0.0], [0, 1, 2], False),  # nobody is trained
+        ("mask", "raft", [1.0, 0.0, 0.0], [0], False),  # only the cut one has an advantage
+        ("keep", "grpo", [1.0, 1.0, 0.0], [2], True),
+        ("keep", "reinforce", [1.0, 1.0, 1.0], [], False),
+        ("keep", "grpo", [1.0, 1.0, None], [], False),
+    ],
+)
+def test_a_group_is_useful_where_a_trained_completion_has_an_advantage(
+    truncated: Any, advantage: Any, rewards: list[float | None], cut: list[int], expected: bool
+) -> None:
+    ts = [completion((1, 2), r, finish="length" if i in cut else "stop") for i, r in enumerate(rewards)]
+    signal = PolicyGradient(advantage, truncated=truncated)
+    draw = drawn([ts])
+    assert signal.is_useful(draw.groups[0]) == expected
+    if advantage != "reinforce":  # which learns from a group of one outcome too
+        rows = signal.prepare(draw, score_student=lambda found: [[0.0] * t.num_targets for t in found]).rows
+        assert any(r.is_trained and r.columns["advantage_C"].any() for r in rows) == expected
+
+
+def test_scores_that_differ_by_rounding_are_the_same() -> None:
+    ts = [completion((1, 2), r) for r in (0.3, 0.1 + 0.2)]
+    for kind in ("grpo", "grpo_no_std", "rloo", "reinforce_rej"):
+        signal = PolicyGradient(kind, reward="score")  # type: ignore[arg-type]
+        assert signal.advantages(drawn([ts])) == [[0.0, 0.0]] and not signal.is_useful(drawn([ts]).groups[0])
+    assert PolicyGradient("raft", reward="score").advantages(drawn([ts])) == [[1.0, 1.0]]  # a tie for the best
+
+
 def test_ratios_use_the_trainers_own_numbers_and_the_sampler_is_corrected_apart() -> None:
     """After an update: loss and gradient against a transcription, the sampler's report being off by a constant."""
     sampled, now = TablePolicy(V, seed=1), TablePolicy(V, seed=1)
@@ -348,3 +381,5 @@ def test_what_it_cannot_do_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError) as caught:
         PolicyGradient("grop", clip=(2.0, 0.1), sampler_cap=0.5, kl_coef=0.1, ddof=2)  # type: ignore[arg-type]
     assert len(caught.value.problems) == 5
+    with pytest.raises(ConfigError, match=r"needs recompute=True; clip=None uses no ratio"):
+        PolicyGradient("grpo", recompute=False)

@@ -7,10 +7,9 @@ from pydantic import Field, model_validator
 from tutelage.methods.family import Sampling, drawn_of, stage_of
 from tutelage.methods.settings import Positive, TrainSettings
 from tutelage.signals import PolicyGradient
-from tutelage.signals.policy_gradient import reward_of
 from tutelage.sources import Judged, Refilled
 from tutelage.train.loop import Stage
-from tutelage.types import Group, Source, Status
+from tutelage.types import Source
 
 if TYPE_CHECKING:
     from tutelage.methods.workbench import Workbench
@@ -82,10 +81,5 @@ def build(settings: PolicyGradientStage, bench: "Workbench") -> Stage:
     drawn, signal = drawn_of(settings, bench), signal_of(settings, bench)
     source: Source = Judged(drawn, bench.verifier(settings.verifier))
     if settings.refill_draws > 1:
-
-        def is_useful(group: Group) -> bool:
-            valid = [t for t in group.trajectories if t.verdict and t.verdict.status is not Status.ERROR]
-            return len({reward_of(t, signal.reward) for t in valid}) > 1
-
-        source = Refilled(source, drawn, is_useful=is_useful, max_draws=settings.refill_draws)
+        source = Refilled(source, drawn, is_useful=signal.is_useful, max_draws=settings.refill_draws)
     return stage_of(settings, bench, source, signal=signal, lr=LR)

@@ -33,8 +33,8 @@ def group_advantages(
     | `grpo` | (r - mean) / (std + eps) |
     | `grpo_no_std` | r - mean |
 
-    Groups whose rewards are all the same give exactly 0 for reinforce_rej, rloo, grpo and grpo_no_std, as does a
-    group of one.
+    Groups whose rewards are all the same (`all_same`) give exactly 0 for reinforce_rej, rloo, grpo and grpo_no_std, as
+    does a group of one.
 
     Args:
         is_valid_P_G: False takes a sample out. None: all valid.
@@ -83,12 +83,12 @@ def _reinforce(rewards: list[float], ddof: int, eps: float, accept_above: float 
 
 
 def _reinforce_rej(rewards: list[float], ddof: int, eps: float, accept_above: float | None) -> list[float]:
-    return [0.0] * len(rewards) if _all_same(rewards) else list(rewards)
+    return [0.0] * len(rewards) if all_same(rewards) else list(rewards)
 
 
 def _raft(rewards: list[float], ddof: int, eps: float, accept_above: float | None) -> list[float]:
     best = max(rewards)
-    return [float(r == best and (accept_above is None or r > accept_above)) for r in rewards]
+    return [float(all_same([r, best]) and (accept_above is None or r > accept_above)) for r in rewards]
 
 
 def _accepted(rewards: list[float], ddof: int, eps: float, accept_above: float | None) -> list[float]:
@@ -96,14 +96,14 @@ def _accepted(rewards: list[float], ddof: int, eps: float, accept_above: float |
 
 
 def _rloo(rewards: list[float], ddof: int, eps: float, accept_above: float | None) -> list[float]:
-    if _all_same(rewards):
+    if all_same(rewards):
         return [0.0] * len(rewards)
     total, others = math.fsum(rewards), len(rewards) - 1
     return [r - (total - r) / others for r in rewards]
 
 
 def _grpo(rewards: list[float], ddof: int, eps: float, accept_above: float | None) -> list[float]:
-    if _all_same(rewards):
+    if all_same(rewards):
         return [0.0] * len(rewards)
     centred = _grpo_no_std(rewards, ddof, eps, accept_above)
     std = math.sqrt(math.fsum(c * c for c in centred) / (len(rewards) - ddof))
@@ -111,7 +111,7 @@ def _grpo(rewards: list[float], ddof: int, eps: float, accept_above: float | Non
 
 
 def _grpo_no_std(rewards: list[float], ddof: int, eps: float, accept_above: float | None) -> list[float]:
-    if _all_same(rewards):
+    if all_same(rewards):
         return [0.0] * len(rewards)
     mean = math.fsum(rewards) / len(rewards)
     return [r - mean for r in rewards]
@@ -128,8 +128,13 @@ _KINDS: dict[str, Callable[[list[float], int, float, float | None], list[float]]
 }
 
 
-def _all_same(rewards: Sequence[float]) -> bool:
-    return max(rewards) == min(rewards)
+def all_same(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards are one number, to the rounding of sums: a spread under 1e-9 of the largest.
+
+    >>> all_same([0.3, 0.1 + 0.2])
+    True
+    """
+    return math.isclose(max(rewards), min(rewards), rel_tol=1e-9, abs_tol=1e-15)
 
 
 def future_sums(values_L: Sequence[float], *, discount: float = 1.0, average: bool = False) -> list[float]:

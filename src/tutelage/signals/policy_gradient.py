@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ConfigError, DataError
-from tutelage.numerics.advantages import group_advantages
+from tutelage.numerics.advantages import all_same, group_advantages
 from tutelage.numerics.logprobs import target_logprobs
 from tutelage.numerics.policy_gradient import clipped_ratio_loss, reinforce_loss, sampled_reverse_kl, sampler_weight
 from tutelage.signals.base import Stateless
@@ -54,8 +54,8 @@ class PolicyGradient(Stateless):
             baseline and trains nothing on them; "drop" leaves them out of the baseline too. Neither counts in the
             divisor.
         sampler_cap: largest weight that corrects the sampler to the trainer; None leaves the correction out.
-        recompute: False takes the weights at the update as `old`: one forward cheaper, and right only where every draw
-            is used for one update.
+        recompute: False takes the weights at the update as `old`: one forward cheaper, right only where every draw is
+            used for one update, and refused with a clip, which would never act.
         ddof: 0 divides GRPO's variance by the group's size, 1 by one less.
         eps: added to GRPO's std.
         kl_coef: weight of the KL to `base`, graded token by token given its prefix.
@@ -108,6 +108,11 @@ class PolicyGradient(Stateless):
                 out.append(f"{name} must be one of {', '.join(known.__args__)}; got {value!r}")  # type: ignore[attr-defined]
         if self.clip is not None and not (0 <= self.clip[0] <= 1 and self.clip[1] >= 0):
             out.append(f"clip must be how far the ratio may go below (0 to 1) and above 1, got {self.clip}")
+        if self.clip is not None and not self.recompute:
+            out.append(
+                "clip compares with log-probabilities before the first update: it needs recompute=True; clip=None uses "
+                "no ratio"
+            )
         if self.dual_clip is not None and (self.clip is None or self.dual_clip <= 1):
             out.append(f"dual_clip must be above 1 and needs a clip, got {self.dual_clip} with clip {self.clip}")
         if self.sampler_cap is not None and self.sampler_cap < 1:
@@ -164,24 +169,38 @@ class PolicyGradient(Stateless):
 
     def advantages(self, draw: Draw) -> list[list[float]]:
         """One number per trajectory, group by group; 0 for those outside their group's statistics."""
+        return self._advantages(self._rewards(draw), self._valid(draw))
+
+    def _advantages(self, rewards_P_G: list[list[float]], is_valid_P_G: list[list[bool]]) -> list[list[float]]:
         return group_advantages(
-            self._rewards(draw),
+            rewards_P_G,
             self.advantage,
-            is_valid_P_G=self._valid(draw),
+            is_valid_P_G=is_valid_P_G,
             ddof=self.ddof,
             eps=self.eps,
             accept_above=0.0,
         )
 
     def _rewards(self, draw: Draw) -> list[list[float]]:
-        return [[reward_of(t, self.reward) for t in g.trajectories] for g in draw.groups]
+        return [self._group_rewards(g) for g in draw.groups]
+
+    def _group_rewards(self, group: Group) -> list[float]:
+        return [reward_of(t, self.reward) for t in group.trajectories]
 
     def _valid(self, draw: Draw) -> list[list[bool]]:
+        return [self._group_valid(g) for g in draw.groups]
+
+    def _group_valid(self, group: Group) -> list[bool]:
         """Whose reward is part of its group's statistics."""
-        return [
-            [not _is_error(t) and not (self.truncated == "drop" and t.is_truncated) for t in g.trajectories]
-            for g in draw.groups
-        ]
+        return [not _is_error(t) and not (self.truncated == "drop" and t.is_truncated) for t in group.trajectories]
+
+    def is_useful(self, group: Group) -> bool:
+        """Whether a judged group says something: its rewards differ, and one that is trained has an advantage."""
+        rewards, is_valid = self._group_rewards(group), self._group_valid(group)
+        if is_same(rewards, is_valid):
+            return False
+        values = self._advantages([rewards], [is_valid])[0]
+        return any(v != 0 and self._is_counted(t) for t, v in zip(group.trajectories, values, strict=True))
 
     def _is_counted(self, t: Trajectory) -> bool:
         return t.num_targets > 0 and not _is_error(t) and (self.truncated == "keep" or not t.is_truncated)
@@ -253,7 +272,7 @@ def _is_error(t: Trajectory) -> bool:
 def is_same(rewards: Sequence[float], is_valid: Sequence[bool]) -> bool:
     """Whether a group says nothing: its valid rewards are all the same, or there is none."""
     valid = [r for r, ok in zip(rewards, is_valid, strict=True) if ok]
-    return not valid or max(valid) == min(valid)
+    return not valid or all_same(valid)
 
 
 def group_stats(

@@ -313,8 +313,8 @@ class Session:
         self.trainer.optimizer.reset()
 
     def prepare(self, stage: "Stage", draw: Draw) -> Targets:
-        """The signal's targets. A draw with nothing to train on gives no updates, and says so; after `EMPTY_ROUNDS` such
-        draws in a row `after_round` ends the stage.
+        """The signal's targets. A draw with nothing to train on gives no updates, and says so; after `EMPTY_ROUNDS` of
+        them in a row `after_round` ends the stage.
 
         Raises:
             DataError: so many, or the stage's first, and nothing was accepted; or nothing accepted was ever kept.
