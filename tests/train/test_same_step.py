@@ -1,5 +1,6 @@
 """One optimiser step is the same whatever the plumbing: loss, gradient norm and updated weights."""
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tutelage.data.collate import collate
 from tutelage.errors import NumericsError
 from tutelage.policies.policy import Policy, add_lora
 from tutelage.policies.table import TablePolicy
+from tutelage.policies.teachers import InProcessTeacher
 from tutelage.signals import HardTargets
 from tutelage.signals.base import DIVISORS
 from tutelage.testing.tiny import tiny_model
@@ -153,6 +156,36 @@ def test_transformer_step_does_not_depend_on_plumbing(kind: str, lora: bool) -> 
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 if kind == "sgd" else 2.5e-3)
             if kind == "adamw":
                 assert float(((a - b).abs() > 1e-5).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("work", ["step", "score", "teacher"])
+def test_padding_counts_against_the_budget_of_a_microbatch(
+    monkeypatch: pytest.MonkeyPatch, work: str, layout: str
+) -> None:
+    """One long trajectory among short ones: padded to it, they would take twenty times the budget."""
+    lengths = [150, *[6] * 26]
+    rows = Draw(
+        groups=(Group(task=TASK, trajectories=tuple(trajectory([1] * n, 1, f"t{i}") for i, n in enumerate(lengths))),)
+    )
+    sizes: list[int] = []
+
+    def collated(*args: Any, **kwargs: Any) -> Any:
+        batch = collate(*args, **kwargs)
+        sizes.append(batch.token_ids_BT.numel())
+        return batch
+
+    for name in ("tutelage.train.trainer", "tutelage.policies.teachers"):
+        monkeypatch.setattr(importlib.import_module(name), "collate", collated)
+    monkeypatch.setattr(TablePolicy, "supports_packing", layout == "packed")
+    if work == "step":
+        one_step(TablePolicy(V), rows=rows, max_tokens=200, layout=layout)
+    elif work == "score":
+        policy = TablePolicy(V)
+        Trainer(policy, Optimizer(policy.named_parameters()), processes=Processes()).score(list(rows), max_tokens=200)
+    else:
+        InProcessTeacher(TablePolicy(V), max_tokens=200).score(list(rows))
+    assert max(sizes) <= 200 and sum(sizes) <= sum(lengths) and len(sizes) <= 3
 
 
 class OneOfTwo(Processes):

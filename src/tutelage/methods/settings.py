@@ -345,7 +345,7 @@ class TrainSettings(Settings):
     max_grad_norm: float | None = 1.0
     """The gradient is scaled down to this norm; null never does."""
     max_tokens: Positive = 2048
-    """Most tokens in one microbatch: memory, never the result."""
+    """Most tokens in one microbatch, padding included: memory, never the result."""
     layout: Literal["packed", "padded"] = "packed"
     """Documents end to end in one row, each seeing only itself; or a row each."""
     divisor: Literal["targets", "sampled", "sequences"] = "targets"

@@ -180,6 +180,7 @@ class InProcessTeacher:
             [(i, r) for i, r in enumerate(rows) if r.trajectory.num_targets],
             max_tokens=self.max_tokens,
             length=lambda pair: pair[1].trajectory.num_tokens,
+            layout=self.layout,  # type: ignore[arg-type]
         )
         dtype = self.output_layer.weight_VD.dtype
         dtype = dtype if dtype == torch.float64 else torch.float32

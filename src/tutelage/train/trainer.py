@@ -43,7 +43,7 @@ class TrainerSettings:
     warmup: float = 0.0
     max_grad_norm: float | None = 1.0
     max_tokens: int = 2048
-    """Most tokens in one microbatch; a longer trajectory goes alone."""
+    """Most tokens in one microbatch, padding included; a longer trajectory goes alone."""
     layout: Literal["packed", "padded"] = "packed"
 
 
@@ -139,7 +139,7 @@ class Trainer:
         self.optimizer.zero_grad()
         trained = [r for r in rows if r.is_trained]
         sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "correct": 0.0, "targets": 0.0, "tokens": 0.0}
-        parts = microbatches(trained, max_tokens=settings.max_tokens)
+        parts = microbatches(trained, max_tokens=settings.max_tokens, layout=settings.layout)
         for index, part in self.processes.share(list(enumerate(parts))):
             batch = collate(part, layout=settings.layout, dtype=self.float_dtype).to(self.device)
             with self._seeded(*key, index):
@@ -217,8 +217,10 @@ class Trainer:
         ]
         numbered = list(enumerate(rows))
         out: dict[int, list[float]] = {}
-        parts = microbatches(numbered, max_tokens=max_tokens, length=lambda pair: pair[1].trajectory.num_tokens)
         layout: Literal["packed", "padded"] = "packed" if self.policy.supports_packing else "padded"
+        parts = microbatches(
+            numbered, max_tokens=max_tokens, length=lambda pair: pair[1].trajectory.num_tokens, layout=layout
+        )
         for part in self.processes.share(parts):
             batch = collate([row for _, row in part], layout=layout, dtype=self.float_dtype).to(self.device)
             scores = self._score_batch(batch)
