@@ -423,6 +423,25 @@ def test_drift_retention_and_heldout_demonstrations_reach_the_monitor(tmp_path: 
     assert [t.token_ids for t in again or ()] == [t.token_ids for t in samples]
 
 
+@pytest.mark.parametrize(
+    ("temperature", "probe", "verdicts"),
+    [(1.0, {}, {"pass", "fail"}), (0.7, {}, {"fail"}), (1.0, {"temperature_cap": None}, {"insufficient"})],
+)
+def test_g7_is_decided_in_a_run_that_says_how_hot_it_may_sample(
+    tmp_path: Path, tiny_folder: Path, temperature: float, probe: dict[str, Any], verdicts: set[str]
+) -> None:
+    rollout = {"n": 4, "max_new_tokens": 6, "temperature": temperature}
+    settings = graduating(tmp_path, tiny_folder, "run", rollout=rollout)
+    settings["rounds"], settings["graduation"]["min_tasks"] = 1, 1000
+    settings["probe"] |= {"every_steps": 0, "kl": False, **probe}
+    job(settings)()
+    first, last = (e["criteria"]["G7"] for e in events(tmp_path / "run", "verdict"))
+    assert first["verdict"] == "insufficient" and last["verdict"] in verdicts  # a window of two probes
+    assert last["threshold"] == 0.0 and last["ci95"][0] <= last["value"] <= last["ci95"][1]
+    if temperature < 1:
+        assert "raise it before giving up" in last["why"]
+
+
 def test_drift_may_be_measured_from_an_earlier_stage(tmp_path: Path, tiny_folder: Path) -> None:
     practice = graduating(tmp_path, tiny_folder, "run")
     shared = {k: practice.pop(k) for k in ("run_dir", "model", "evaluation", "system") if k in practice}

@@ -338,9 +338,15 @@ def test_g7_waits_for_the_temperature_cap():
     assert c.balance_flat(history(True)[:2], S).verdict == INSUFFICIENT
     assert c.balance_flat(history(False), S).verdict == FAIL
     g7 = c.balance_flat(history(True), S)
-    assert g7.verdict == PASS and g7.value == pytest.approx(4 / 8 * 4 / 8)
+    assert g7.verdict == PASS and g7.details["balance"]["value"] == pytest.approx(4 / 8 * 4 / 8)
     moving = [probe(i, [8] * 20, distinct=2 + 2 * i, at_temperature_cap=True) for i in range(3)]
     assert c.balance_flat(moving, S).verdict == FAIL
+    for cap, probes in ((None, 3), (True, 2), (False, 3), (True, 3)):  # undecided or not: of one quantity
+        undecided = [probe(i, [8] * 20, distinct=2 + 2 * i, at_temperature_cap=cap) for i in range(probes)]
+        g7 = c.balance_flat(undecided, S)
+        change = ((2 * probes) ** 2 - 2**2) / 64
+        assert g7.value == pytest.approx(change) and g7.threshold == 0.0
+        assert g7.ci95[0] <= g7.value <= g7.ci95[1]
 
 
 def nll(value):

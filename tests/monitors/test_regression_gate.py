@@ -75,11 +75,21 @@ def test_rounds_of_one_step_are_not_gated(steps, verdict):
         assert "a round of 1 optimiser step is not gated" in reports[1].evidence["why"]
 
 
+def test_a_round_of_one_step_after_one_that_was_taken_back_is_not_gated():
+    """The updates of the round taken back are no updates of the next."""
+    gate, reports = run(probe(0, 0.6), probe(20, 0.3), probe(21, 0.3))
+    assert [r.verdict for r in reports[1:]] == ["REGRESSED", "CONTINUE"] and not reports[2].evidence["gated"]
+    again = gate.update(probe(41, 0.1))
+    assert again.verdict == "REGRESSED" and again.evidence["revert_to_step"] == 21
+
+
 def test_a_round_that_cannot_be_compared_says_so_and_is_not_a_reference():
     blind = Probe(step=40, samples=16, tasks=tuple(TaskProbe(task_id=f"t{i}", n=0, c=0, errors=16) for i in range(100)))
     _, reports = run(probe(0, 0.2), probe(20, 0.5), blind, probe(60, 0.3))
     assert reports[2].verdict == "INSUFFICIENT" and not reports[2].should_revert
-    assert reports[3].verdict == "REGRESSED" and reports[3].evidence["revert_to_step"] == 20
+    assert reports[3].verdict == "REGRESSED" and reports[3].evidence["lost_against"] == ["round before"]
+    assert reports[3].evidence["revert_to_step"] == 40  # compared with 20; the round began with the weights of 40
+    assert "back to step 40" in reports[3].evidence["why"]
 
 
 def test_other_tasks_are_refused():
@@ -101,7 +111,7 @@ def test_a_resumed_gate_goes_on():
     second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
     assert second.update(probes[3]) == whole[3]
     assert second.start(DrawContext(seed=0, stage=0, round=0)) is None
-    with pytest.raises(CheckpointError, match=r"\['kept', 'regressed_in_a_row'\]"):
+    with pytest.raises(CheckpointError, match=r"\['kept', 'last_step', 'regressed_in_a_row', 'start_step'\]"):
         second.restore({"base": None})
     empty = RegressionGate()
     empty.restore(RegressionGate().state())

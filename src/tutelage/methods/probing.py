@@ -128,8 +128,10 @@ class ProbeInputs:
         return self._samples
 
     def fields(self, ctx: DrawContext) -> Mapping[str, Any]:
-        """`checkpoint`, `retention`, and the tokens sampled for it."""
+        """`checkpoint`, `at_temperature_cap`, `retention`, and the tokens sampled for it."""
         out: dict[str, Any] = {"checkpoint": keep_weights(self.bench)}
+        cap = self.settings.probe.temperature_cap
+        out["at_temperature_cap"] = None if cap is None else self.settings.rollout.temperature >= cap
         if self.settings.probe.retention:
             assert ctx.sampler is not None  # a Prober has sampled with it
             sampler = ctx.sampler("policy")

@@ -268,6 +268,9 @@ class ProbeSettings(Settings):
     after rounds only."""
     max_new_tokens: Positive | None = None
     """Longest answer; None is the rollout's."""
+    temperature_cap: float | None = Field(1.0, gt=0)
+    """Graduation, G7: the highest sampling temperature worth trying; below it a flat balance says nothing yet. null
+    leaves G7 undecided."""
     reference: str = "base"
     """Graduation: what drift is measured from: base, the model the run began with, or stage:NAME."""
     kl: bool = True

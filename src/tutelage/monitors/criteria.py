@@ -397,26 +397,34 @@ def duplicates(probe: Probe, novelties: Sequence[float | None], s: GraduationSet
 
 
 def balance_flat(history: Sequence[Probe], s: GraduationSettings) -> Criterion:
-    """G7: with the sampling temperature at its cap, the balance score has not changed for 3 probes beyond chance."""
+    """G7: with the sampling temperature at its cap, the balance score has not changed for 3 probes beyond chance.
+
+    The value is that change, over the window's probes so far; the score itself is in `details`.
+    """
     title, w = "exploration and yield no longer change", s.plateau_probes
     recent = history[-w:]
-    value = balance(history[-1], s).value
-    common: dict[str, Any] = dict(name="G7", title=title, value=value)
+    change = paired_gain(balance_by_task(recent[0], s), balance_by_task(recent[-1], s), seed=s.seed)
+    common: dict[str, Any] = dict(
+        name="G7",
+        title=title,
+        value=change.value,
+        ci95=_ends(change),
+        threshold=0.0,
+        details={"balance": balance(history[-1], s).to_json()},
+    )
     if len(recent) < w or any(p.at_temperature_cap is None for p in recent):
-        unsaid = "a source that says whether its temperature is at its cap"
+        unsaid = "a source that says whether its temperature is at its cap (in a run: probe.temperature_cap)"
         missing = f"{w} probes, there are {len(recent)}" if len(recent) < w else unsaid
         return Criterion(**common, verdict=INSUFFICIENT, missing=missing)
     if not all(p.at_temperature_cap for p in recent):
         why = "the sampling temperature has not been at its cap for so long: raise it before giving up"
         return Criterion(**common, verdict=FAIL, why=why)
-    old, new = balance_by_task(recent[0], s), balance_by_task(recent[-1], s)
-    change = paired_gain(old, new, seed=s.seed)
     flat = change.low <= 0 <= change.high
     why = (
         f"the balance score changed by {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] over {w} probes "
         f"at the temperature cap: {'flat' if flat else 'still moving'}"
     )
-    return Criterion(**common, verdict=_decided(flat), ci95=_ends(change), threshold=0.0, why=why)
+    return Criterion(**common, verdict=_decided(flat), why=why)
 
 
 def balance_by_task(probe: Probe, s: GraduationSettings) -> dict[str, float]:
