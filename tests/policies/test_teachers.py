@@ -285,9 +285,12 @@ def test_vocabularies_are_compared_by_content():
 
 
 def test_different_end_of_turn_ids_are_detected():
-    check_stop_ids([5, 7], [7])
-    with pytest.raises(ConfigError, match=r"\[151643\].*\[151645\]"):
-        check_stop_ids([151643], [151645])
+    check_stop_ids([7, 5], [7])
+    check_stop_ids([7], [7, 5])
+    check_stop_ids([151645, 151643], [151645])
+    for theirs in ([151645], [151645, 151643]):  # Qwen2.5's base and instruct generation configs
+        with pytest.raises(ConfigError, match=r"\[151643\].*\[151645"):
+            check_stop_ids([151643], theirs)
 
 
 def test_a_quantised_teacher_needs_its_package(monkeypatch):

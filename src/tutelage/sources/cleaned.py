@@ -14,8 +14,10 @@ from tutelage.types import Draw, DrawContext, Group, Source, Trajectory
 NO_ANSWER = "no answer"
 """Mark of what was asked for in vain."""
 _ASKS_FOR_CODE = re.compile(r"```|\b(code|program|function|script|python|java|javascript|c\+\+|sql|html|bash)\b", re.I)
-_SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "CJK", "GREEK": "", "MATHEMATICAL": "", "MODIFIER": ""}
-"""Scripts written together count as one; Greek and mathematical letters count nowhere, since formulas have them."""
+_TOGETHER = ("HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC")
+_SCRIPTS = {**dict.fromkeys(_TOGETHER, "CJK"), "GREEK": "", "MATHEMATICAL": "", "MODIFIER": ""}
+"""Scripts written together count as one; Greek letters and those of formulas (double-struck, script, raised, lowered)
+count nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,12 @@ def other_script_share(text: str, question: str) -> float:
 
 @lru_cache(maxsize=4096)
 def _script(letter: str) -> str:
-    name = unicodedata.name(letter, "").split(" ")[0]
+    """The first word of its name, or "" for a letter of formulas."""
+    is_letterlike = "\u2100" <= letter <= "\u214f"
+    if is_letterlike or unicodedata.decomposition(letter).startswith(("<font>", "<super>", "<sub>")):
+        return ""
+    plain = next((c for c in unicodedata.normalize("NFKC", letter) if c.isalpha()), letter)
+    name = re.split("[ -]", unicodedata.name(plain, ""))[0]
     return _SCRIPTS.get(name, name)
 
 
