@@ -11,6 +11,8 @@ from tutelage.data.store import TrajectoryStore
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
+from tutelage.methods.workbench import Workbench
+from tutelage.policies.sampler import InProcessSampler
 from tutelage.policies.teachers import load_teacher
 from tutelage.testing.tiny import save_tiny
 from tutelage.train.stop import StopRequest
@@ -356,3 +358,53 @@ def test_published_recipes_are_the_defaults(tmp_path: Path, tiny_folder: Path, t
         run(settings | {"divergence": {"kind": "forward_kl", "temperature": 2.0, **d}, "tasks": None})
         log[name] = metrics(tmp_path / name)[0]["train/loss"]
     assert log["hinton"] == pytest.approx(4 * log["plain"], rel=1e-4)
+
+
+def test_two_teachers_of_one_name_are_sampled_as_each_is_to_run(
+    tmp_path: Path, tiny_folder: Path, teacher: Path
+) -> None:
+    wide, narrow = ({"name": str(teacher), "precision": p} for p in ("float32", "bfloat16"))
+    config, folder = load_config(
+        on_policy(tmp_path, tiny_folder, teacher) | {"teacher": wide | {"by_task": {"a": narrow}}}
+    )
+    bench = Workbench(config, folder)
+    settings = config.stages[0].teacher
+    both = [settings, settings.by_task["a"]]
+    assert [bench.author_of(t) for t in both] == [f"{teacher} (float32)", f"{teacher} (bfloat16)"]
+    for each, dtype in zip(both, (torch.float32, torch.bfloat16), strict=True):
+        sampler: Any = bench.sampler(bench.author_of(each), "teacher")
+        assert next(sampler._model.parameters()).dtype == dtype
+    alone, folder = load_config(on_policy(tmp_path, tiny_folder, teacher))
+    assert Workbench(alone, folder).author_of(alone.stages[0].teacher) == str(teacher)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_teacher_answers_with_what_only_it_is_told(
+    tmp_path: Path, tiny_folder: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    plain = InProcessSampler.sample
+
+    def spied(self: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(r.prompt_ids for r in requests)
+        return plain(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(InProcessSampler, "sample", spied)
+    settings = on_policy(tmp_path, tiny_folder, teacher) | {"method": "distill_off_policy"}
+    settings["rollout"] |= {"n": 1, "prompts_per_round": None}
+    settings["train"] = {"lr": 1e-3, "batch_size": 4, "epochs": 1}
+    settings["teacher"] |= {"name": "self" if own else str(teacher), "hint": "psst: {answer}"}
+    del settings["rounds"]
+    run(settings)
+    text = Workbench(*load_config(settings)).text
+    stored = list(TrajectoryStore(tmp_path / "run" / "trajectories"))
+    assert len(stored) == 8 == len(seen) and all("psst: " in text.decode(ids) for ids in seen)
+    assert not any("psst" in text.decode(t.token_ids) for t in stored)
+
+
+def test_a_student_that_ends_its_turn_with_another_token_is_refused(tmp_path: Path, teacher: Path) -> None:
+    student = save_tiny(tmp_path / "student")
+    template = (student / "chat_template.jinja").read_text()
+    (student / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|endoftext|>"))
+    with pytest.raises(ConfigError, match="end a turn with the same token"):
+        run(on_policy(tmp_path, student, teacher))

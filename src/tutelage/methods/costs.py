@@ -23,11 +23,11 @@ def run_ledger(bench: Workbench) -> RunLedger | None:
                     continue
                 is_own = teacher.name == "self" or teacher.is_own_average
                 if not is_own:
-                    authors[teacher.name] = _teacher_cost(bench, teacher)
+                    authors[bench.author_of(teacher)] = _teacher_cost(bench, teacher)
                 if getattr(settings, "divergence", None) is not None:
-                    counted.append((bench.teacher(teacher), student if is_own else authors[teacher.name]))
+                    counted.append((bench.teacher(teacher), student if is_own else authors[bench.author_of(teacher)]))
             if getattr(settings, "teacher_mix", 0.0) > 0:
-                authors[MIXED] = student + authors[settings.teacher.name]
+                authors[MIXED] = student + authors[bench.author_of(settings.teacher)]
     except ConfigError as error:
         bench.notes.append(f"operations are not counted: {error}")
         return None

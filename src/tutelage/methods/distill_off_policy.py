@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from tutelage.methods.card import Card
 from tutelage.methods.family import drawn_of
-from tutelage.methods.grading import teacher_signal
+from tutelage.methods.grading import teacher_signal, told
 from tutelage.methods.keeping import accepted_of
 from tutelage.methods.settings import (
     DataSettings,
@@ -81,7 +81,9 @@ def build(settings: DistillOffPolicy, bench: "Workbench") -> Stage:
         source: Source = Recorded(bench.demonstrations(settings.data))
     else:
         assert settings.tasks is not None
-        source = drawn_of(settings, bench, author=settings.teacher.name)
+        shown = told(settings.teacher)
+        view = None if shown is None else lambda task, _: shown(task)
+        source = drawn_of(settings, bench, author=bench.author_of(settings.teacher), view=view)
         if settings.verifier is not None:
             source = accepted_of(Judged(source, bench.verifier(settings.verifier)), settings.keep, bench)
     signal: Signal = HardTargets(divisor=divisor)

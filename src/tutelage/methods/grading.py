@@ -167,8 +167,15 @@ def _view(bench: "Workbench", teacher: TeacherSettings) -> View | None:
 
 
 def mixed_sampler(bench: "Workbench") -> TeacherMixedSampler:
-    """Samples every token from share · teacher + (1 - share) · student, for the stage that asks for it."""
-    stage = next(s for s in bench.config.stages if getattr(s, "teacher_mix", 0.0) > 0)
+    """Samples every token from share · teacher + (1 - share) · student, for the stage that asks for it.
+
+    Raises:
+        ConfigError: stages ask for several mixtures, or for one with a server.
+    """
+    stages = [s for s in bench.config.stages if getattr(s, "teacher_mix", 0.0) > 0]
+    stage = stages[0]
+    if any((s.teacher, s.teacher_mix) != (stage.teacher, stage.teacher_mix) for s in stages):
+        raise ConfigError("stages of one run can have one teacher_mix, of one teacher: leave it out of the others")
     if bench.rollouts.is_served:
         raise ConfigError("teacher_mix samples with both models in this process: set rollout.engine=inprocess")
     return TeacherMixedSampler(
@@ -214,9 +221,8 @@ def check_one(
     assert settings is not None
     change = told(teacher)
     shown = tasks if change is None else [change(t) for t in tasks]
-    is_own = teacher.name == "self" or teacher.is_own_average
     taught = evaluate(
-        bench.sampler("student" if is_own else teacher.name, "teacher"),
+        bench.sampler(bench.author_of(teacher), "teacher"),
         shown,
         measuring.verifier,
         text=bench.text,

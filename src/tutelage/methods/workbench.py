@@ -205,8 +205,8 @@ class Workbench:
         )
 
     def sampler(self, name: str, version: str) -> Sampler:
-        """ "student" is the policy as of the last `rollouts.sync`; "base" the model the run began with; else a model's
-        path or name."""
+        """ "student" is the policy as of the last `rollouts.sync`; "base" the model the run began with; else a teacher
+        (`author_of`), or a model's path or name."""
         sampler = self.rollouts.sampler(name, version)
         if name == MIXED:
             self.student.plain.use_plain_attention()
@@ -217,12 +217,25 @@ class Workbench:
         """A teacher, where its settings say it is, or any model by path or name."""
         if name == MIXED:
             return mixed_sampler(self)
-        teacher = next((t for s in self.config.stages for _, t in teachers_of(s) if t.name == name), None)
+        teacher = next((t for t in self._all_teachers() if self.author_of(t) == name), None)
         if teacher is None:
             return self.rollouts.in_process(self.teacher_policy(name).model, name)
         if teacher.url is not None:
             return self.rollouts.served(servers_of(addresses(teacher.url), teacher.server), name)
-        return self.rollouts.in_process(self.teacher_policy(name, teacher.precision, teacher.quantise).model, name)
+        policy = self.teacher_policy(teacher.name, teacher.precision, teacher.quantise)
+        return self.rollouts.in_process(policy.model, name)
+
+    def author_of(self, teacher: TeacherSettings) -> str:
+        """Who answers for a teacher, as `sampler` takes it: its name, with how it runs where the run has several ways;
+        "student" for a teacher that is the student."""
+        if teacher.name == "self" or teacher.is_own_average:
+            return "student"
+        ways = {_way(t) for t in self._all_teachers() if t.name == teacher.name}
+        how = ", ".join(_way(teacher)) if len(ways) > 1 else ""
+        return f"{teacher.name} ({how})" if how else teacher.name
+
+    def _all_teachers(self) -> list[TeacherSettings]:
+        return [t for stage in self.config.stages for _, t in teachers_of(stage)]
 
     def base_scorer(self) -> InProcessTeacher:
         """The model the run began with, as a scorer of tokens."""
@@ -263,7 +276,7 @@ class Workbench:
         self._teachers.pop(live.model_dump_json(exclude={"by_task"}), None)
         dtype = self.precision if settings.precision == "auto" else settings.precision
         self._teacher_policies.pop((self.beside(settings.name), dtype, settings.quantise), None)
-        self.rollouts.forget(settings.name)
+        self.rollouts.forget(self.author_of(settings))
 
     def beside(self, name: str) -> str:
         """A model's name, as a path where there is such a folder beside the config (a run's folder: its model)."""
@@ -456,6 +469,12 @@ class Workbench:
                 close()
         if "rollouts" in self.__dict__:
             self.rollouts.close()
+
+
+def _way(teacher: TeacherSettings) -> tuple[str, ...]:
+    """How a teacher's model runs, where it differs from the default."""
+    precision = () if teacher.precision == "auto" else (teacher.precision,)
+    return (*addresses(teacher.url), *precision, *((teacher.quantise,) if teacher.quantise else ()))
 
 
 def has_fast_bfloat16(device: str) -> bool:
