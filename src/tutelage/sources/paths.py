@@ -5,16 +5,30 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tutelage.types import Draw, DrawContext, Source, Status, Trajectory, Verdict
 
 _ANNOTATED = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
-_PLAIN = re.compile(
-    r"(?<![\w.)+*/×÷-])(?<![+*/×÷-]\s)"  # not the end of a longer expression
-    r"(-?[\d(][\d\s.,+\-*/()$%×÷]*[+\-*/×÷][\d\s.,+\-*/()$%×÷]*)=\s*\$?(-?[\d.,]*\d)"
+_SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "€": "$", "£": "$"})
+_REWRITES = (
+    (r"\\times\b|\\cdot\b", "*"),
+    (r"\\div\b", "/"),
+    (r"\\(?:left|right)\b|\\(?=[$%])|\\,", ""),
+    (r"(?<=\d)\s*x\s*(?=\d)|(?<=[\d)])\s+x\s+(?=[\d($])", " * "),
+    (r"(?:(?<=[\s=(])|^)\*\*(?=[\d$(-])|(?<=\d)\*\*(?=\W|$)(?!\s*[\d(])", ""),  # bold
+    (r"==", "="),
+    (r"\n[ \t]*(?==)", " "),  # one equation over lines, aligned at the signs
 )
-_TIMES = re.compile(r"(?<=\d)\s*x\s*(?=\d)")
+_EQUALS = re.compile(r"(?<![<>!:=])=(?![>=])")
+_IN_EXPRESSION = frozenset("0123456789 \t.,+-*/()$%^:")
+_STOP = re.compile(r"[.,:](?=\s|$)")
+_BINARY = re.compile(r"(?<=[\d)%])\s*[-+*/^]")
+_GOES_ON_BEFORE = re.compile(
+    r"(?:[^\s\w\"'“”‘’()\[\]{}|=;!?~,.:>]|\\[A-Za-z]+\s*|\b(?:times|plus|minus|over|by|of|than|per|x)\s+|\d\s+and\s+)\Z"
+)
+_ENDS_AFTER = re.compile(r"\s*(?:\Z|\n|[\"'”’)\]}|<>=*_~`,.;:?]|\\[^A-Za-z]|\\(?:text|mathrm|q?quad)\b)|\s+[^\W\d_]{2}")
+_MORE_AFTER = re.compile(r"\.\.|\s*\(?\s*(?:mod|base|cents?)\b|\s*and\s+\(?\d+/\d|[^\n=.]{0,30}\brem", re.IGNORECASE)
 _OPERATORS: dict[type, Any] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -53,11 +67,11 @@ class Paths:
     def _keyed(self, t: Trajectory) -> Trajectory:
         if t.verdict is None or not t.verdict.is_accepted:
             return t
-        found = equations(t.completion)
-        verdict: Verdict = replace(t.verdict, key="|".join(f"{left}={right}" for left, right in found))
+        found = read_equations(t.completion)
+        verdict: Verdict = replace(t.verdict, key="|".join(f"{e.left}={e.right}" for e in found))
         if self.check:
-            for left, right in found:
-                if _is_wrong(left, right, self.tolerance):
+            for left, right, is_checkable in found:
+                if is_checkable and _is_wrong(left, right, self.tolerance):
                     reason = f"accepted answer, but {left}={right} is wrong"
                     verdict = replace(verdict, status=Status.REJECT, score=0.0, reason=reason)
                     break
@@ -70,14 +84,107 @@ class Paths:
         self.source.restore(state)
 
 
+class Equation(NamedTuple):
+    """One `left = right`, spaces removed."""
+
+    left: str
+    right: str
+    is_checkable: bool
+    """Both sides were read whole and say which number they are: no letters, percentages, remainders or powers."""
+
+
 def equations(text: str) -> list[tuple[str, str]]:
     """Both sides of every equation in order, spaces removed: GSM8K's <<...>> where there are any, else plain ones.
 
     >>> equations("2 apples and 3: 2 + 3 = 5, then 5 * 4 = 20.")
     [('2+3', '5'), ('5*4', '20')]
+    >>> equations("3*4 + 2*6 = 12 + 12 = 24")
+    [('3*4+2*6', '12+12'), ('12+12', '24')]
     """
-    found = _ANNOTATED.findall(text) or _PLAIN.findall(_TIMES.sub(" * ", text))
-    return [(_plain(left), _plain(right)) for left, right in found]
+    return [(e.left, e.right) for e in read_equations(text)]
+
+
+def read_equations(text: str) -> list[Equation]:
+    """The equations, and which of them may be checked. Each side of a plain one reaches to the next `=` or to text; the
+    left one has an operator and stands on its own (`2x + 3 = 7` has none)."""
+    if annotated := _ANNOTATED.findall(text):
+        return [Equation(_plain(left), _plain(right), True) for left, right in annotated]
+    text = text.translate(_SIGNS)
+    for pattern, new in _REWRITES:
+        text = re.sub(pattern, new, text)
+    found = []
+    for sign in _EQUALS.finditer(text):
+        (left, is_left_whole), (right, is_right_whole) = _left(text, sign.start()), _right(text, sign.end())
+        if left and right:
+            is_whole = is_left_whole and is_right_whole and _is_readable(left) and _is_readable(right)
+            found.append(Equation(_plain(left), _plain(right), is_whole))
+    return found
+
+
+def _left(text: str, end: int) -> tuple[str, bool]:
+    """The expression that ends there and whether all of it was read; empty where there is none."""
+    start = end
+    while start and text[start - 1] in _IN_EXPRESSION:
+        start -= 1
+    for stop in _STOP.finditer(text, start, end):
+        start = stop.end()
+    start = _after_unmatched(text, start, end)
+    side = text[start:end].lstrip()
+    start = end - len(side)
+    before = text[max(0, start - 24) : start]
+    if not _BINARY.search(side) or not re.match(r"[\d($.]|-[\d($.]", side):
+        return "", False
+    if before[-1:].isalnum() or (side[0] == "-" and re.search(r"(?:\b[^\W\d_]|[\])}])\s*\Z", before[-3:])):
+        return "", False  # the end of an expression with letters
+    return side.rstrip(), not _GOES_ON_BEFORE.search(before)
+
+
+def _right(text: str, start: int) -> tuple[str, bool]:
+    """The expression that begins there and whether all of it was read; empty where there is none."""
+    end = start
+    while end < len(text) and text[end].isspace():
+        end += 1
+    start = end
+    while end < len(text) and text[end] in _IN_EXPRESSION:
+        end += 1
+    stop = _STOP.search(text, start, end)
+    end = stop.start() if stop else end
+    end = _before_unmatched(text, start, end)
+    side = text[start:end].rstrip(" \t.,:(")
+    number = side.rstrip(" \t+-*/^")
+    if not re.match(r"-?[($]*-?[\d.]", side) or not any(c.isdigit() for c in number):
+        return "", False
+    after = text[start + len(side) :][:40]
+    return number, number == side and bool(_ENDS_AFTER.match(after)) and not _MORE_AFTER.match(after)
+
+
+def _after_unmatched(text: str, start: int, end: int) -> int:
+    """Where the expression begins that ends at `end` and has no bracket without its other."""
+    depth = 0
+    for i in range(end - 1, start - 1, -1):
+        depth += (text[i] == ")") - (text[i] == "(")
+        if depth < 0:
+            return i + 1
+    while depth > 0:  # a bracket that was opened before
+        start = text.index(")", start) + 1
+        depth = text.count(")", start, end) - text.count("(", start, end)
+    return start
+
+
+def _before_unmatched(text: str, start: int, end: int) -> int:
+    """Where the expression that begins at `start` has its first bracket without an opening one."""
+    depth = 0
+    for i in range(start, end):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth < 0:
+            return i
+    return end
+
+
+def _is_readable(side: str) -> bool:
+    """No percentage (of what?), power, time or ratio, no division by what may be a fraction (6 / 1/2), no two numbers
+    side by side."""
+    return not re.search(r"[%:^]|/\s*[\d.,]+\s*/|[\d.,]\s+[\d.,]", side)
 
 
 def _plain(side: str) -> str:
