@@ -98,7 +98,8 @@ def test_stages_are_reported_with_intervals_gains_and_the_monitors_words(tmp_pat
     assert table[0][0] == "rejection_sampling" and len(table[0][1]) == 5
     out = Console(record=True, width=160)
     command.show(report, out)
-    assert "ended by GRADUATE" in out.export_text()
+    shown = " ".join(out.export_text().split())
+    assert "ended by GRADUATE" in shown and "3 of the 3 questions measured on are also those that the gate" in shown
     with pytest.raises(ConfigError, match="not the folder of a run"):
         report_stages(tmp_path)
 

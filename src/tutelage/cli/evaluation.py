@@ -40,6 +40,8 @@ def show(result: dict[str, Any], names: list[str], out: Console) -> None:
             table.add_row(name, metric, _number(m["value"]), _interval(m["ci95"]), chance)
             name = ""
     out.print(table)
+    if note := result["questions"].get("note"):
+        out.print(f"note: {note}", markup=False)
     if "gain" in result:
         pairs = Table("difference", "value", "95% (paired bootstrap)", title=f"{names[0]} minus {names[1]}")
         for metric, gain in result["gain"].items():

@@ -60,4 +60,6 @@ def show(report: dict[str, Any], out: Console) -> None:
                 out.print(
                     f"  {stage['name']}: {metric} {gain['value']:+.3f} [{low:+.3f}, {high:+.3f}] over the stage before"
                 )
+    if note := report["questions"].get("note"):
+        out.print(f"note: {note}", markup=False)
     out.print(f"run:   {report['run_dir']}", markup=False)

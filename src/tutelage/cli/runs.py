@@ -148,6 +148,8 @@ def show(result: Mapping[str, Any], out: Console, *, as_json: bool) -> None:
             f"gain in pass@1 on held-out questions: [bold]{gain['value']:+.3f}[/] "
             f"(95% paired bootstrap {_interval(gain['ci95'])})"
         )
+    if note := result.get("questions", {}).get("note"):
+        out.print(f"note: {note}", markup=False)
     if arm := result.get("match_budget"):
         kept = [f"{int(a or 0)} and {int(b or 0)}" for a, b in zip(arm["kept"], arm["control_kept"], strict=False)]
         out.print(f"control arm on as many random completions, kept by round (run and arm): {', '.join(kept)}")

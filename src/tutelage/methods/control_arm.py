@@ -33,7 +33,7 @@ def run_job(config: RunConfig, folder: Path, *, is_resume: bool = False, **optio
         return result
     gc.collect()  # the first arm's model
     root = Path(config.run_dir)
-    arm = _arm(config, root)
+    arm = _arm(config, root, left_out=result.get("questions", {}).get("left_out", 0))
     arm_root = Path(arm.run_dir)
     is_begun = (arm_root / CONFIG).exists()
     if not is_begun:
@@ -57,8 +57,9 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _arm(config: RunConfig, root: Path) -> RunConfig:
-    """The control's settings: random budgets, as many rounds as the run had, nothing that stops or takes back."""
+def _arm(config: RunConfig, root: Path, *, left_out: int) -> RunConfig:
+    """The control's settings: random budgets, as many rounds as the run had, nothing that stops or takes back; measured
+    on the same questions."""
     rounds = _rounds(root)
     stages = []
     for i, stage in enumerate(config.stages):
@@ -73,7 +74,7 @@ def _arm(config: RunConfig, root: Path) -> RunConfig:
             changes["is_streamed"] = False  # lots are drawn within whole groups
         stages.append(stage.model_copy(update=changes))
     assert config.evaluation is not None
-    evaluation = config.evaluation.model_copy(update={"controls": False})
+    evaluation = config.evaluation.model_copy(update={"controls": False, "leave_out": left_out})
     more = {"run_dir": str(root / ARM), "stages": tuple(stages), "evaluation": evaluation, "match_budget": None}
     return config.model_copy(update=more)
 

@@ -21,7 +21,8 @@ from tutelage.evals import EvalResult, compare, compare_controls, evaluate
 from tutelage.methods import grading
 from tutelage.methods.config import RunConfig, dump_config, load_config
 from tutelage.methods.costs import run_ledger
-from tutelage.methods.handover import export_handover, plan_of
+from tutelage.methods.handover import export_handover, plan_of, rl_settings
+from tutelage.methods.probing import by_hash, probe_tasks
 from tutelage.methods.workbench import Confirm, Workbench, with_examples
 from tutelage.policies import smollm2
 from tutelage.policies.policy import check_forward
@@ -56,6 +57,22 @@ class Measuring:
     params: SamplingParams
     examples: Sequence[Task]
     """Training tasks for the few-shot control."""
+    num_left_out: int = 0
+    """Held-out questions left to what decides in the run: gate and monitor."""
+    num_shared: int = 0
+    """Of the tasks, those that gate or monitor decide on too."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the result: how many questions, and whether the run was steered by them."""
+        out = {"measured": len(self.tasks), "left_out": self.num_left_out, "shared": self.num_shared}
+        if not self.num_shared:
+            return out
+        why = (
+            f"{self.num_shared} of the {len(self.tasks)} questions measured on are also those that the gate or the "
+            "graduation monitor decided on, so what is reported was partly chosen by them: hold out more questions "
+            "(tasks.heldout at least twice the probe's), or set evaluation.leave_out"
+        )
+        return {**out, "note": why}
 
 
 class Job:
@@ -142,7 +159,7 @@ class Job:
             self._timed("hand over", lambda: export_handover(self.config, self.root, self.bench))
         self.processes.wait()
         after = self._evaluation("after", measuring) if measuring is not None else None
-        return self._result(session, before, after, controls)
+        return self._result(session, before, after, controls, measuring)
 
     def _save_final(self) -> None:
         student = self.bench.student
@@ -230,6 +247,8 @@ class Job:
         if measuring is None:
             why = "no stage has tasks and a verifier, or tasks.heldout is 0: there is no question to measure on"
             self.run.log_event("note", {"note": f"no evaluation: {why}"})
+        elif measuring.num_shared:
+            self.run.log_event("note", {"note": measuring.facts()["note"]})
         return measuring
 
     def _evaluation(
@@ -340,6 +359,7 @@ class Job:
         before: EvalResult | None,
         after: EvalResult | None,
         controls: Mapping[str, tuple[EvalResult, str]],
+        measuring: Measuring | None,
     ) -> dict[str, Any]:
         provenance = smollm2.PROVENANCE if self.config.model.name.lower() == smollm2.ALIAS else None
         result: dict[str, Any] = {
@@ -363,6 +383,8 @@ class Job:
             result["gain"] = compare(before, after).to_json()
             result["gains"] = {m: compare(before, after, metric=m).to_json() for m in before.metrics}
             result["controls"] = compare_controls(after, controls)
+        if measuring is not None:
+            result["questions"] = measuring.facts()
         times = {**{f"plan/{k}": v for k, v in session.times_s.items()}, **self.times_s}
         result["times_s"] = {k: round(v, 3) for k, v in times.items()} | {
             "total": round(time.perf_counter() - self.started, 3)
@@ -386,7 +408,11 @@ def _pass_at_1(result: EvalResult) -> float:
 
 def measuring_of(config: RunConfig, bench: Workbench) -> Measuring | None:
     """What a config's evaluation is made on: its own tasks and verifier, else those of the last stage that has any.
-    None where there is no question to measure on.
+    None where there is no question to measure on. The questions that gates and monitors decide on are left out as
+    `evaluation.leave_out` says.
+
+    Raises:
+        ConfigError: that leaves no question.
     """
     evaluation = config.evaluation
     assert evaluation is not None
@@ -406,7 +432,33 @@ def measuring_of(config: RunConfig, bench: Workbench) -> Measuring | None:
     )
     is_cut = bool(tasks_of.heldout or tasks_of.heldout_path)
     examples = bench.train_tasks(tasks_of)[: evaluation.examples] if is_cut else []
-    return Measuring(tasks=heldout, verifier=bench.verifier(verifier_of), params=params, examples=examples)
+    decided = {t.hash for probe in _probes(config, bench) for t in probe}
+    left_out = _left_out(heldout, decided, evaluation.leave_out)
+    tasks = [t for t in heldout if t.hash not in left_out]
+    return Measuring(
+        tasks=tasks,
+        verifier=bench.verifier(verifier_of),
+        params=params,
+        examples=examples,
+        num_left_out=len(heldout) - len(tasks),
+        num_shared=sum(t.hash in decided for t in tasks),
+    )
+
+
+def _left_out(heldout: Sequence[Task], decided: set[str], asked: int | None) -> set[str]:
+    """Hashes of the held-out questions that are not measured on."""
+    if asked is None:
+        found = {t.hash for t in heldout} & decided
+        return found if len(heldout) >= 2 * len(found) else set()
+    if asked >= len(heldout):
+        raise ConfigError(f"evaluation.leave_out={asked} leaves none of the {len(heldout)} held-out questions")
+    return {t.hash for t in by_hash(heldout)[:asked]}
+
+
+def _probes(config: RunConfig, bench: Workbench) -> list[list[Task]]:
+    """The probe sets of all stages, RL after graduation included."""
+    following = [rl_settings(s) for s in config.stages if getattr(s, "then", None) == "rl"]
+    return [probe_tasks(bench, s) for s in (*config.stages, *following)]
 
 
 def config_of(run_dir: Path) -> tuple[RunConfig, Path]:

@@ -34,6 +34,7 @@ def measure(
     """
     results: dict[str, EvalResult] = {}
     benches: dict[str, Workbench] = {}
+    facts: dict[str, Any] = {}
     for name in models:
         bench = Workbench(_for(config, name), folder, confirm=confirm)
         benches[name] = bench
@@ -43,6 +44,7 @@ def measure(
                 "an evaluation needs held-out questions and a verifier: set tasks.heldout (or tasks.heldout_path) and "
                 "verifier in the config, or in its evaluation"
             )
+        facts = measuring.facts()
         sampler = bench.sampler("student", name)
         assert config.evaluation is not None
         results[name] = evaluate(
@@ -59,6 +61,7 @@ def measure(
         bench.policy.use_plain_attention()
     out: dict[str, Any] = {
         "num_tasks": len(results[models[0]].counts),
+        "questions": facts,
         "models": {name: r.to_json(tasks=False) for name, r in results.items()},
     }
     if len(models) == 2:

@@ -208,10 +208,23 @@ def heldout_demonstrations(settings: Any, bench: "Workbench") -> list[Trajectory
     return [t for g in bench.demonstrations(asked) for t in g.trajectories]
 
 
+def probe_tasks(bench: "Workbench", settings: Any) -> list[Task]:
+    """The fixed questions that a stage's gate and graduation monitor decide on; none where it has neither."""
+    is_graduating = getattr(settings, "until", None) == "graduation"
+    if not is_graduating and not getattr(settings, "gate", False):
+        return []
+    least = settings.graduation.min_tasks if is_graduating else 1
+    return first_tasks(bench, settings.tasks, max(settings.probe.questions, least))
+
+
 def first_tasks(bench: "Workbench", settings: Any, count: int) -> list[Task]:
     """The first held-out questions, in an order fixed by their ids; training questions where none are held out."""
-    tasks = bench.heldout_tasks(settings) or bench.train_tasks(settings)
-    return sorted(tasks, key=lambda t: t.hash)[:count]
+    return by_hash(bench.heldout_tasks(settings) or bench.train_tasks(settings))[:count]
+
+
+def by_hash(tasks: Sequence[Task]) -> list[Task]:
+    """In an order that is theirs alone, whatever else there is."""
+    return sorted(tasks, key=lambda t: t.hash)
 
 
 def keep_weights(bench: "Workbench", *, count: int = GraduationSettings().last_checkpoints) -> str:

@@ -260,7 +260,8 @@ class ProbeSettings(Settings):
     """The fixed probe set that the regression gate and the graduation monitor look at."""
 
     questions: Positive = 64
-    """How many: the first held-out questions, or training questions where none are held out. Graduation takes 128."""
+    """How many: the first held-out questions, or training questions where none are held out. Graduation takes 128.
+    The evaluation leaves them out where it can (evaluation.leave_out)."""
     n: Positive = 8
     """Samples a question, at temperature 1. Graduation takes 16."""
     every_steps: int = Field(0, ge=0)
@@ -374,6 +375,9 @@ class EvaluationSettings(Settings):
     """Temperatures tried for the untrained model's best."""
     examples: int = Field(4, ge=0)
     """Worked examples in the prompt of that control."""
+    leave_out: int | None = Field(None, ge=0)
+    """Held-out questions that are not measured on, since gate and monitor decide on them: the first, as the probe takes
+    them. null: as many as it takes where at least as many are left, else none, and the result says so."""
     seed: int = 1234
     """Of the evaluation's samples and intervals: the same for every model compared."""
 

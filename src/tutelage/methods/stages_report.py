@@ -45,6 +45,7 @@ def report_stages(run_dir: Path, *, progress: Progress | None = None, group: int
             rows[-1]["gain"] = {m: compare(before, result, metric=m).to_json() for m in result.metrics}
         before = result
     report = {"run_dir": str(run_dir), "group": group, "stages": rows}
+    report["questions"] = json.loads((run_dir / "result.json").read_text(encoding="utf-8")).get("questions", {})
     write_atomically(run_dir / FILE, json.dumps(report, indent=2))
     return report
 

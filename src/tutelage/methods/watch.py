@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tutelage.methods.probing import PolicyScorer, ProbeInputs, first_tasks, heldout_demonstrations
+from tutelage.methods.probing import PolicyScorer, ProbeInputs, heldout_demonstrations, probe_tasks
 from tutelage.monitors import GraduationMonitor, GraduationSettings, Prober, RegressionGate
 from tutelage.types import Monitor
 
@@ -17,7 +17,7 @@ def monitors_of(settings: Any, bench: "Workbench") -> tuple[Monitor, ...]:
         return ()
     probe, rollout = settings.probe, settings.rollout
     asked = settings.graduation
-    tasks = first_tasks(bench, settings.tasks, max(probe.questions, asked.min_tasks if is_graduating else 1))
+    tasks = probe_tasks(bench, settings)
     more: dict[str, Any] = {}
     if is_graduating:
         inputs = ProbeInputs(bench, settings, tasks)
