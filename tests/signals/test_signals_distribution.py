@@ -14,8 +14,9 @@ from tutelage.numerics.logprobs import target_logprobs
 from tutelage.policies.table import TablePolicy
 from tutelage.policies.teachers import AveragedTeacher, InProcessTeacher, SelfTeacher
 from tutelage.signals.distribution import TeacherDistribution
+from tutelage.signals.sampled import SampledLogRatio
 from tutelage.train.distributed import Processes
-from tutelage.types import SamplingParams, Span
+from tutelage.types import RECORDED, SamplingParams, Span
 
 FORMS = {
     "forward_kl": (kl.forward_kl, {}),
@@ -102,6 +103,31 @@ def test_a_loss_at_another_temperature_than_the_samples_is_refused():
     cut = cases.draw_of(cases.every_completion(policy, params=SamplingParams(top_p=0.5))[:2])
     with pytest.raises(DataError, match="infinite"):
         signal_of(teacher).prepare(cut, score_student=None)
+
+
+def test_the_students_share_of_a_mixed_draw_is_graded_as_it_was_sampled():
+    policy, teacher = cases.student(), cases.teacher()
+    fresh = cases.every_completion(policy, params=SamplingParams(temperature=0.5))[0]
+    gold = cases.trajectory((1, 2, 3), author="human", at="gold")
+    earlier = replace(fresh, marks=(RECORDED,))
+    signal = signal_of(teacher, temperature=1.0)
+    with pytest.raises(DataError, match=r"temperature 0\.5.*temperature 1,"):
+        signal.prepare(cases.draw_of([gold, fresh], on_policy=False, author="mixed"), score_student=None)
+    signal.prepare(cases.draw_of([gold, earlier], on_policy=False, author="mixed"), score_student=None)
+    signal.prepare(cases.draw_of([fresh], on_policy=False, author="recorded"), score_student=None)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_greedy_answers_are_no_on_policy_samples(temperature):
+    teacher = cases.teacher()
+    greedy = cases.trajectory((1, 2, 3), params=SamplingParams(temperature=0.0), logprobs=[-1.0] * 3)
+    signal = signal_of(teacher, "reverse_kl", temperature=temperature)
+    for draw in (cases.draw_of([greedy]), cases.draw_of([greedy], on_policy=False, author="mixed")):
+        with pytest.raises(DataError, match="greedily"):
+            signal.prepare(draw, score_student=None)
+        with pytest.raises(DataError, match="greedily"):
+            SampledLogRatio(teacher).prepare(draw, score_student=None)
+    signal.prepare(cases.draw_of([greedy], on_policy=False), score_student=None)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])

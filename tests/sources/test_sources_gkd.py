@@ -6,8 +6,15 @@ import pytest
 
 from tutelage.errors import ConfigError, DataError
 from tutelage.sources.adaptive import AdaptiveShare
+from tutelage.sources.beside import Beside
+from tutelage.sources.drawn import Drawn
 from tutelage.sources.gkd import StudentShare
-from tutelage.types import Completion, DrawContext, Group, Span, Task, Trajectory
+from tutelage.sources.mixed import Mixed
+from tutelage.sources.recorded import Recorded
+from tutelage.sources.replay import Replay
+from tutelage.train.costs import RunLedger
+from tutelage.train.ledger import ModelCost
+from tutelage.types import RECORDED, REPLAYED, Completion, DrawContext, Group, Span, Task, Trajectory
 
 NUM = 40
 
@@ -163,3 +170,47 @@ def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="above maximum"):
         AdaptiveShare(start=0.9, maximum=0.5)
     assert replace(groups()[0]).task.id == "q0"
+
+
+def by_big(group):
+    """As a store of the teacher `big`'s answers reads."""
+    ts = (replace(t, spans=(replace(t.spans[0], author="big"),)) for t in group.trajectories)
+    return replace(group, trajectories=tuple(ts))
+
+
+def test_what_was_not_sampled_for_the_draw_is_marked_and_costs_no_sampling():
+    """A store by the teacher and a replayed rollout were paid for when they were sampled."""
+    share = AdaptiveShare(start=0.8)
+    source = StudentShare([by_big(g) for g in groups()], share=share, per_round=20, rounds=4, buffer_size=5)
+    cost = ModelCost(body=1.0, attention=0.0, head=0.0)
+    kinds = set()
+    for r in range(4):
+        draw = source.draw(context(r))
+        ledger = RunLedger(cost, authors={"big": cost})
+        ledger.drawn(draw)
+        fresh = [t for t in draw if draw.is_fresh(t)]
+        assert len(fresh) == 20 * draw.stats["data/frac_prompts_fresh"]
+        assert ledger.summary()["tokens"]["sampling"] == sum(t.num_sampled for t in fresh)
+        kinds |= {t.marks for t in draw}
+    assert kinds == {(), (RECORDED,), (REPLAYED,)}
+
+
+def test_recorded_trajectories_beside_sampled_ones_cost_no_sampling():
+    recorded = [by_big(g) for g in groups()]
+    drawn = Drawn([g.task for g in groups()], n=1)
+    cost = ModelCost(body=1.0, attention=0.0, head=0.0)
+    for source in (Mixed({"a": Recorded(recorded), "b": drawn}), Beside(drawn, Recorded(recorded))):
+        ledger = RunLedger(cost, authors={"big": cost})
+        draw = source.draw(context())
+        ledger.drawn(draw)
+        assert len(draw) == 2 * NUM and sum(draw.is_fresh(t) for t in draw) == NUM
+        assert ledger.summary()["tokens"]["sampling"] == NUM
+
+
+def test_a_replayed_round_costs_no_sampling():
+    source = Replay(Drawn([g.task for g in groups()[:4]], n=1), distinct=None)
+    cost = ModelCost(body=1.0, attention=0.0, head=0.0)
+    ledger = RunLedger(cost)
+    for r in range(3):
+        ledger.drawn(source.draw(context(r)))
+    assert ledger.summary()["tokens"]["sampling"] == 3 * 4

@@ -11,8 +11,7 @@ from tutelage.errors import ConfigError
 from tutelage.methods.settings import KeepSettings
 from tutelage.methods.stored import is_store
 from tutelage.sources import Accepted, Keep
-from tutelage.sources.replay import REPLAYED
-from tutelage.types import DrawContext, Group, Source
+from tutelage.types import REPLAYED, DrawContext, Group, Source
 
 if TYPE_CHECKING:
     from tutelage.methods.workbench import Workbench

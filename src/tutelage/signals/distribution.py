@@ -19,10 +19,10 @@ from tutelage.errors import ConfigError, DataError
 from tutelage.numerics import divergence as kl
 from tutelage.numerics.logprobs import target_logprobs
 from tutelage.signals.base import Divisor, check_divisor, rows_of
-from tutelage.signals.estimators import check_pair
+from tutelage.signals.estimators import check_pair, number_problems
 from tutelage.signals.health import Health
 from tutelage.signals.routing import Router, View
-from tutelage.signals.shapes import sampled_shape, shape_columns, shaped
+from tutelage.signals.shapes import fresh_samples, sampled_shape, shape_columns, shaped
 from tutelage.types import Draw, TargetRow, Targets, Trajectory
 
 Columns = Mapping[str, Tensor]
@@ -54,7 +54,8 @@ class TeacherDistribution:
         t_squared: multiply the divergence by T^2, which keeps the gradient's size as T grows (Hinton). GKD does not.
         divisor: what a step is averaged over.
         view: what the teacher reads in place of each trajectory (`HintedPrompt`); None: the trajectory itself.
-        allow_shape_gap: let a given temperature differ from the one that on-policy tokens were sampled at.
+        allow_shape_gap: let a given temperature differ from the one that the student's tokens were sampled at for this
+            draw (all of it, or its share of a mixed one), and let them be greedy.
         overlap_k: entries compared for the overlap metric; 0 leaves it out.
 
     Raises:
@@ -110,7 +111,8 @@ class TeacherDistribution:
         """Rows with what leads to their teacher; a server's answers are fetched here, a cache's when needed.
 
         Raises:
-            DataError: a task without a teacher, or on-policy tokens sampled from another distribution than graded.
+            DataError: a task without a teacher, or tokens that the student sampled for this draw from another
+                distribution than they are graded under.
         """
         rows = rows_of(draw, self.divisor)
         self.router.prepare(draw, rows)
@@ -161,6 +163,7 @@ class TeacherDistribution:
 
     def _shapes(self, draw: Draw, rows: Sequence[TargetRow]) -> list[dict[str, Any]]:
         """Columns of temperature and top-p, where the signal takes them from the samples."""
+        own = [] if self.allow_shape_gap else fresh_samples(draw, rows)
         if self.temperature is None:
             columns = shape_columns(rows)
             if any("top_p_C" in c for c in columns) and self.divergence == "forward_kl":
@@ -174,16 +177,15 @@ class TeacherDistribution:
                     "temperature: sample at temperature 1, set the temperature of both, or use a teacher in process"
                 )
             return columns
-        if draw.is_on_policy and not self.allow_shape_gap:
-            for r in rows:
-                temperature_C, top_p_C = sampled_shape(r.trajectory)
-                if (temperature_C != self.temperature).any() or (top_p_C != 1).any():
-                    raise DataError(
-                        f"on-policy tokens must be graded under the distribution they were sampled from; trajectory "
-                        f"{r.trajectory.id!r} was sampled at temperature {temperature_C.max():g}, top-p "
-                        f"{top_p_C.min():g}, and the loss is at temperature {self.temperature:g}, top-p 1. Leave "
-                        "temperature out to follow the samples, or set allow_shape_gap=true"
-                    )
+        for t in own:
+            temperature_C, top_p_C = sampled_shape(t)
+            if (temperature_C != self.temperature).any() or (top_p_C != 1).any():
+                raise DataError(
+                    f"on-policy tokens must be graded under the distribution they were sampled from; trajectory "
+                    f"{t.id!r} was sampled at temperature {temperature_C.max():g}, top-p "
+                    f"{top_p_C.min():g}, and the loss is at temperature {self.temperature:g}, top-p 1. Leave "
+                    "temperature out to follow the samples, or set allow_shape_gap=true"
+                )
         return [{} for _ in rows]
 
     def _fetched(self, rows: Sequence[TargetRow]) -> list[dict[str, Any]]:
@@ -353,21 +355,11 @@ def _top_k_columns(answer: TopK, width: int, num_targets: int) -> dict[str, Any]
 
 
 def _problems(s: TeacherDistribution, *, beta: float, normalised: bool, skew: float) -> list[str]:
-    out = []
-    for name, value in (("alpha", s.alpha), ("beta", beta), ("skew", skew)):
-        if not 0 <= value <= 1:
-            out.append(f"{name} must be in [0, 1], got {value}: it is a share")
-    if s.alpha == 1:
-        out.append("alpha=1 leaves nothing of the teacher: use HardTargets")
+    out = number_problems(s.divergence, alpha=s.alpha, beta=beta, normalised=normalised, skew=skew)
+    if s.estimator not in ("full", "top_k_tail"):
+        out.append(f"estimator={s.estimator!r} works from sampled tokens: use SampledLogRatio")
     if s.temperature is not None and not s.temperature > 0:
         out.append(f"temperature must be positive, got {s.temperature}: it divides the logits of both models")
-    if s.divergence == "jsd" and not normalised and beta in (0, 1):
-        limit = "forward_kl" if beta == 0 else "reverse_kl"
-        out.append(
-            f"jsd with beta={beta} and normalised=False is 0 for any two models: use {limit}, or normalised=True"
-        )
-    if s.divergence.startswith("skew") and skew == 1:
-        out.append("skew=1 compares a model with itself: the loss is 0; 0.1 is the published value")
     forms = {t.form for t in s.router.teachers}
     if len(forms) > 1:
         out.append(f"teachers must all be in process or all give top-k columns; got {', '.join(sorted(forms))}")

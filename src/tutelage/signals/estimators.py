@@ -42,6 +42,22 @@ def check_pair(divergence: str, estimator: str, *, top_k: int | None = None) -> 
         raise ConfigError(f"estimator={estimator!r} for divergence={divergence!r}: {reason}")
 
 
+def number_problems(divergence: str, *, alpha: float, beta: float, normalised: bool, skew: float) -> list[str]:
+    """Numbers out of range, and those at which nothing of the teacher is left, in sentences."""
+    out = []
+    for name, value in (("alpha", alpha), ("beta", beta), ("skew", skew)):
+        if not 0 <= value <= 1:
+            out.append(f"{name} must be in [0, 1], got {value}: it is a share")
+    if alpha == 1:
+        out.append("alpha=1 leaves nothing of the teacher: learn the tokens alone (HardTargets, or method sft)")
+    if divergence == "jsd" and not normalised and beta in (0, 1):
+        limit = "forward_kl" if beta == 0 else "reverse_kl"
+        out.append(f"jsd with beta={beta:g} that is not normalised is 0 for any two models: use {limit}, or normalise")
+    if divergence.startswith("skew") and skew == 1:
+        out.append("skew=1 compares a model with itself: the loss is 0; 0.1 is the published value")
+    return out
+
+
 def _refusal(divergence: str, estimator: str, top_k: int | None) -> str | None:
     if estimator == "k1":
         return f"backpropagating the log ratio of sampled tokens has an expected gradient of 0: {_INSTEAD}"

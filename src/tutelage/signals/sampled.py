@@ -22,7 +22,7 @@ from tutelage.signals.base import Divisor, check_divisor, rows_of
 from tutelage.signals.estimators import check_pair
 from tutelage.signals.health import Health
 from tutelage.signals.routing import Router, View
-from tutelage.signals.shapes import shape_columns, shaped
+from tutelage.signals.shapes import fresh_samples, shape_columns, shaped
 from tutelage.types import Draw, TargetRow, Targets, Trajectory
 
 ScoreStudent = Callable[[Sequence[Trajectory]], list[Sequence[float]]]
@@ -118,10 +118,11 @@ class SampledLogRatio:
 
         Raises:
             DataError: tokens whose sampler's log-probabilities are unknown, or sampled at a temperature that the
-                teacher cannot answer at.
+                teacher cannot answer at, or decoded greedily.
         """
         rows = rows_of(draw, self.divisor)
         self.router.prepare(draw, rows)
+        fresh_samples(draw, rows)
         shapes = shape_columns(rows)
         columns = [
             {**r.columns, **self.router.columns(i, r.trajectory.num_targets), **shapes[i]} for i, r in enumerate(rows)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage.errors import DataError
 from tutelage.numerics.logprobs import shape_logits
-from tutelage.types import TargetRow, Trajectory
+from tutelage.types import Draw, TargetRow, Trajectory
 
 STUDENT = "student"
 
@@ -29,6 +30,27 @@ def sampled_shape(trajectory: Trajectory, *, authors: Sequence[str] | None = (ST
             top_p += [s.top_p if known and s is not None else 1.0] * n
     skip = len(temperature) - trajectory.num_targets  # the very first token is never a target
     return np.array(temperature[skip:], dtype=np.float64), np.array(top_p[skip:], dtype=np.float64)
+
+
+def fresh_samples(draw: Draw, rows: Sequence[TargetRow]) -> list[Trajectory]:
+    """What the student sampled for this draw, among whatever else it holds: what is said of on-policy tokens holds for
+    these.
+
+    Raises:
+        DataError: tokens were decoded greedily: they are a sample of no distribution that a loss could be taken under.
+    """
+    if not draw.is_on_policy and draw.author != "mixed":
+        return []
+    own = [r.trajectory for r in rows if draw.is_fresh(r.trajectory)]
+    if not draw.is_on_policy:
+        own = [t for t in own if any(s.is_trainable and s.author == STUDENT for s in t.spans)]
+    for t in own:
+        if any(s.is_trainable and s.sampling is not None and s.sampling.is_greedy for s in t.spans):
+            raise DataError(
+                f"the student decoded trajectory {t.id!r} greedily, which is no sample of the distribution that is "
+                "graded: set rollout.temperature above 0 (1 is its own distribution)"
+            )
+    return own
 
 
 def shape_columns(rows: Sequence[TargetRow]) -> list[dict[str, Any]]:

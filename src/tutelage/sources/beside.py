@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tutelage.sources.recorded import Recorded
-from tutelage.types import Draw, DrawContext, Source
+from tutelage.sources.recorded import Recorded, marked
+from tutelage.types import RECORDED, Draw, DrawContext, Source
 
 
 class Beside:
@@ -26,7 +26,7 @@ class Beside:
         draw = self.source.draw(ctx)
         first = len(draw.groups)
         more = [
-            replace(g, trajectories=tuple(replace(t, prompt_index=first + i) for t in g.trajectories))
+            replace(g, trajectories=tuple(replace(t, prompt_index=first + i) for t in marked(g, RECORDED).trajectories))
             for i, g in enumerate(self.recorded.draw(ctx).groups)
         ]
         stats = {**draw.stats, "data/num_texts": float(sum(len(g.trajectories) for g in more))}

@@ -10,7 +10,8 @@ from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError, DataError
 from tutelage.sources.adaptive import AdaptiveShare
 from tutelage.sources.drawn import Drawn
-from tutelage.types import Draw, DrawContext, Group, SamplingParams, Trajectory, seed_for
+from tutelage.sources.recorded import marked
+from tutelage.types import RECORDED, REPLAYED, Draw, DrawContext, Group, SamplingParams, Trajectory, seed_for
 
 Share = float | Callable[[int], float] | AdaptiveShare
 
@@ -20,6 +21,8 @@ class StudentShare:
 
     The coin of a prompt depends on (seed, stage, its place in the stage) and on nothing else, so a resumed run tosses
     it the same way. 0 is supervised distillation, 1 on-policy distillation.
+
+    Trajectories that were not sampled for the draw carry the mark "recorded" or "replayed".
 
     Args:
         groups: the recorded trajectories by prompt (demonstrations or a teacher's answers).
@@ -76,9 +79,9 @@ class StudentShare:
             if kind == "fresh":
                 found = next(answers)
             elif kind == "replay":
-                found = buffer[seed_for(ctx.seed, ctx.stage, place, "replay") % len(buffer)]
+                found = marked(buffer[seed_for(ctx.seed, ctx.stage, place, "replay") % len(buffer)], REPLAYED)
             else:
-                found = group
+                found = marked(group, RECORDED)
             ts = (replace(t, prompt_index=i) for t in found.trajectories)
             groups.append(replace(found, trajectories=tuple(ts)))
         self._remember(ctx, fresh)

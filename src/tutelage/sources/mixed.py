@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from tutelage.errors import ConfigError, DataError
-from tutelage.types import Draw, DrawContext, Group, Source, Task, Trajectory
+from tutelage.sources.recorded import marked
+from tutelage.types import RECORDED, Draw, DrawContext, Group, Source, Task, Trajectory
 
 
 class Mixed:
@@ -41,7 +42,7 @@ class Mixed:
             draws.append(draw)
             weight = self.weight.get(name, 1.0)
             factor = weight(ctx.round) if callable(weight) else weight
-            for g in draw.groups:
+            for g in draw.groups if draw.author != RECORDED else (marked(g, RECORDED) for g in draw.groups):
                 ts = (replace(t, weight=t.weight * factor, prompt_index=len(groups)) for t in g.trajectories)
                 groups.append(replace(g, trajectories=tuple(ts)))
             stats |= {f"{key}/{name}": value for key, value in draw.stats.items()}

@@ -8,6 +8,12 @@ from tutelage.errors import DataError
 from tutelage.types import Draw, DrawContext, Group
 
 
+def marked(group: Group, mark: str) -> Group:
+    """The group with a mark on each of its trajectories that says that it was not sampled for the draw."""
+    ts = tuple(t if mark in t.marks else t.marked(mark, weight=t.weight) for t in group.trajectories)
+    return replace(group, trajectories=ts)
+
+
 class Recorded:
     """The same recorded trajectories every round, or the next `per_round` prompts of them.
 

@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 from tutelage.data.rounds import RoundStore
 from tutelage.sources.accepted import same_as
-from tutelage.types import Draw, DrawContext, Group, Source, Trajectory
-
-REPLAYED = "replayed"
+from tutelage.types import REPLAYED, Draw, DrawContext, Group, Source, Trajectory
 
 
 class Replay:

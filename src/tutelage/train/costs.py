@@ -46,12 +46,13 @@ class RunLedger:
         return count
 
     def drawn(self, draw: Draw) -> None:
-        """Sampling: a prompt with several samples by the same author is run once."""
+        """Sampling: a prompt with several samples by the same author is run once. What was recorded, or sampled for
+        an earlier draw, was paid for elsewhere."""
         for group in draw.groups:
             by_author: dict[str, list[Trajectory]] = {}
             for t in group.trajectories:
                 author = next((s.author for s in t.spans if s.is_sampled), "")
-                if author in self.authors and draw.author != "recorded":
+                if author in self.authors and draw.is_fresh(t):
                     by_author.setdefault(author, []).append(t)
             for author, ts in by_author.items():
                 self.ledger.sampled(self.authors[author], ts, prompt_shared=len(ts))

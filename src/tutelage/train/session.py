@@ -250,7 +250,7 @@ class Session:
             raise self._cut_short(stage, error) from error
         self.trainer.policy.use_plain_attention()
         if self.cursor.step == 0:
-            self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.author != "recorded")
+            self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.is_fresh(t))
             if self.ledger is not None:
                 self.ledger.drawn(draw)
             fields = {"stage": self.cursor.stage, "round": self.cursor.round, "trajectories": len(draw), **draw.stats}

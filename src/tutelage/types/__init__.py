@@ -15,6 +15,8 @@ from tutelage.types.protocols import (
     Verifier,
 )
 from tutelage.types.records import (
+    RECORDED,
+    REPLAYED,
     Completion,
     Draw,
     Group,
@@ -31,6 +33,8 @@ from tutelage.types.records import (
 )
 
 __all__ = [
+    "RECORDED",
+    "REPLAYED",
     "Completion",
     "Draw",
     "DrawContext",

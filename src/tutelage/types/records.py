@@ -171,6 +171,12 @@ class Span:
             )
 
 
+RECORDED = "recorded"
+"""A trajectory's mark: it was there before the draw, beside others that were sampled for it."""
+REPLAYED = "replayed"
+"""A trajectory's mark: it was sampled for an earlier draw."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """One conversation or episode: who wrote each token, what was said, and how it was judged."""
@@ -282,6 +288,10 @@ class Draw:
 
     def __len__(self) -> int:
         return sum(len(g.trajectories) for g in self.groups)
+
+    def is_fresh(self, trajectory: Trajectory) -> bool:
+        """True for a trajectory that was sampled for this draw, neither recorded nor replayed."""
+        return self.author != RECORDED and not {RECORDED, REPLAYED} & {*trajectory.marks}
 
     def kept(self) -> list[Trajectory]:
         """Trajectories with a weight other than 0 and something to train on, in draw order."""
