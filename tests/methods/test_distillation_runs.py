@@ -255,6 +255,15 @@ def test_an_adaptive_share_listens_to_the_validation_loss(tmp_path: Path, tiny_f
     assert kept_out == {4}
     drawn = {t.task_id for t in TrajectoryStore(tmp_path / "whole" / "trajectories")}
     assert len(drawn) == 8  # of 12 recorded prompts: none of those validated on
+    by = {t.marks for t in TrajectoryStore(tmp_path / "whole" / "trajectories")}
+    assert by >= {(), ("recorded",)}
+    sampled = sum(
+        t.num_sampled
+        for t in TrajectoryStore(tmp_path / "whole" / "trajectories")
+        if not {"recorded", "replayed"} & {*t.marks}
+    )
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["counts"]["tokens_sampled"] == result["ledger"]["tokens"]["sampling"] == sampled > 0
     checkpoints = list((tmp_path / "whole" / "checkpoints").iterdir())
     assert len(checkpoints) <= 2  # a validation is no reason to keep every round
 
@@ -283,6 +292,16 @@ def test_tokens_drawn_from_teacher_and_student_together(tmp_path: Path, tiny_fol
     assert spans and {s.author for s in spans} == {"teacher-mixed"} and all(s.logprobs for s in spans)
     with pytest.raises(ConfigError, match="teacher_mix"):
         run(on_policy(tmp_path, tiny_folder, "average", "no", **more))
+
+
+@pytest.mark.parametrize("kind", ["minillm", "sampled_reverse_kl"])
+def test_a_large_share_of_the_teacher_has_its_weights_whole(
+    tmp_path: Path, tiny_folder: Path, teacher: Path, kind: str
+) -> None:
+    """The weight p_student / p_mixture reaches 1 / (1 - share), 2.5 here, and is not cut at the usual 2."""
+    run(on_policy(tmp_path, tiny_folder, teacher, divergence={"kind": kind}, teacher_mix=0.6))
+    events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert {e["policy/frac_sampler_weights_cut"] for e in events if e["event"] == "targets"} == {0.0}
 
 
 def test_each_task_family_has_its_own_teacher(

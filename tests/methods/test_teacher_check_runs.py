@@ -93,7 +93,7 @@ def test_a_familys_own_teacher_that_is_not_checked_needs_no_question(
 def cached(folder: Path, student: Path, master: Path, **teacher: Any) -> dict[str, Any]:
     demos = folder / "demos.jsonl"
     demos.write_text("".join(json.dumps({"question": f"{i}?", "answer": f"it is {i}"}) + "\n" for i in range(4)))
-    teach.cache(str(master), str(demos), folder / "cache", folder, student=str(student))
+    teach.cache(teach.cache_config(str(master), str(demos), student=str(student)), folder / "cache")
     given = settings(folder, student, {"name": str(master), "cache": str(folder / "cache"), **teacher})
     given |= {"method": "distill_off_policy", "data": {"path": str(demos)}, "divergence": {"kind": "forward_kl"}}
     del given["rounds"], given["rollout"]

@@ -17,7 +17,7 @@ from tutelage.methods.settings import (
     TrainSettings,
     VerifierSettings,
 )
-from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings
+from tutelage.methods.teacher_settings import DivergenceSettings, TeacherSettings, check_answers
 from tutelage.signals import HardTargets
 from tutelage.sources import Judged, Recorded
 from tutelage.train.loop import Stage
@@ -71,6 +71,10 @@ class DistillOffPolicy(Settings):
             raise ValueError("data without divergence is plain SFT: use method sft, or set divergence.kind")
         if self.teacher.by_task and self.data is None:
             raise ValueError("only one teacher can answer tasks: teacher.by_task needs data, or distill_on_policy")
+        if self.teacher.cache is not None and self.data is None:
+            raise ValueError("teacher.cache holds answers to recorded data: set data.path, or leave the cache out")
+        if self.divergence is not None:
+            check_answers(self.teacher, self.divergence)
         return self
 
 

@@ -21,6 +21,8 @@ from tutelage.methods.teacher_settings import (
     DivergenceSettings,
     PretrainingSettings,
     TeacherSettings,
+    check_answers,
+    check_sampled,
 )
 from tutelage.train.loop import Stage
 
@@ -81,6 +83,16 @@ class DistillOnPolicy(Settings):
             raise ValueError(f"adaptive sets the share itself: leave student_share out (it is {share:g})")
         if self.teacher_mix > 0 and not self.teacher.can_sample_with_student:
             raise ValueError("teacher_mix needs one teacher of its own in this process: no cache, hint, or by_task")
+        rollout = self.rollout
+        if self.teacher_mix > 0 and not (rollout.temperature == rollout.top_p == 1 and rollout.engine == "inprocess"):
+            raise ValueError(
+                "teacher_mix samples from both models' own distributions in this process: rollout.temperature and "
+                f"rollout.top_p must be 1 and rollout.engine inprocess, got {rollout.temperature:g}, "
+                f"{rollout.top_p:g} and {rollout.engine}"
+            )
+        check_answers(self.teacher, self.divergence)
+        if share > 0 or self.adaptive is not None:
+            check_sampled(self.teacher, self.divergence, rollout)
         return self
 
 

@@ -99,13 +99,21 @@ def _served(bench: "Workbench", settings: TeacherSettings, width: int) -> Served
 
 
 def teacher_signal(
-    bench: "Workbench", teacher: TeacherSettings, d: DivergenceSettings, divisor: Any, *, t_squared: bool
+    bench: "Workbench",
+    teacher: TeacherSettings,
+    d: DivergenceSettings,
+    divisor: Any,
+    *,
+    t_squared: bool,
+    teacher_mix: float = 0.0,
 ) -> Signal:
     """What is learned from the teacher's distribution.
 
     Args:
         t_squared: what `divergence.t_squared=null` means: Hinton's recipe has the factor, GKD's has not.
+        teacher_mix: the teacher's share of what the tokens are sampled from, which bounds the sampler's weights.
     """
+    cap = max(2.0, 1.01 / (1 - teacher_mix))  # 1%: what sampler and trainer differ by is no reason to cut
     who: Any = bench.teacher(teacher)
     if teacher.by_task:
         who = {**{task: bench.teacher(t) for task, t in teacher.by_task.items()}, ANY: who}
@@ -115,10 +123,10 @@ def teacher_signal(
     view = _view(bench, teacher)
     if d.kind == "sampled_reverse_kl":
         clip = (d.clip, d.clip) if d.clip else None
-        return SampledLogRatio(who, clip=clip, discount=d.discount, divisor=divisor, view=view)
+        return SampledLogRatio(who, clip=clip, discount=d.discount, sampler_cap=cap, divisor=divisor, view=view)
     if d.kind == "minillm":
         low_high = (0.2, 0.2) if d.clip is None else (d.clip, d.clip)
-        return MiniLLM(who, length_norm=d.length_norm, clip=low_high, divisor=divisor, view=view)
+        return MiniLLM(who, length_norm=d.length_norm, clip=low_high, sampler_cap=cap, divisor=divisor, view=view)
     return TeacherDistribution(
         who,
         d.kind,

@@ -58,7 +58,14 @@ def source_of(settings: "DistillOnPolicy", bench: "Workbench") -> Source:
 
 def signal_of(settings: "DistillOnPolicy", bench: "Workbench") -> Signal:
     """What the teacher says, with the loss of plain text beside it where that is asked for."""
-    signal = teacher_signal(bench, settings.teacher, settings.divergence, settings.train.divisor, t_squared=False)
+    signal = teacher_signal(
+        bench,
+        settings.teacher,
+        settings.divergence,
+        settings.train.divisor,
+        t_squared=False,
+        teacher_mix=settings.teacher_mix,
+    )
     if settings.pretraining is None:
         return signal
     return WithPretraining(signal, coefficient=settings.pretraining.coefficient)

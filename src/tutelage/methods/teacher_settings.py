@@ -1,10 +1,24 @@
 """Settings of a teacher and of what is learned from it, shared by the distillation methods."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from tutelage.methods.settings import Fraction, Positive, ServerSettings, Settings
+from tutelage.errors import ConfigError
+from tutelage.methods.settings import Fraction, Positive, RolloutSettings, ServerSettings, Settings
+from tutelage.signals.estimators import DIVERGENCES, check_pair, number_problems
+
+_OVER_VOCABULARY = {"estimator", "top_k", "alpha", "temperature", "t_squared"}
+_READ_BY = {
+    "forward_kl": _OVER_VOCABULARY,
+    "reverse_kl": _OVER_VOCABULARY,
+    "jsd": _OVER_VOCABULARY | {"beta", "is_normalised"},
+    "skew_kl": _OVER_VOCABULARY | {"skew"},
+    "skew_reverse_kl": _OVER_VOCABULARY | {"skew"},
+    "sampled_reverse_kl": {"discount", "clip"},
+    "minillm": {"clip", "length_norm"},
+}
+"""What each kind of divergence reads of its settings; another one that is set would be ignored."""
 
 
 class TeacherSettings(Settings):
@@ -19,7 +33,7 @@ class TeacherSettings(Settings):
     by_task: "dict[str, TeacherSettings]" = Field(default_factory=dict)
     """Task family -> its own teacher; this one takes all other tasks. A question's family is its `name` field, or the
     name of the procedural task."""
-    decay: Fraction = 0.99
+    decay: float = Field(0.99, ge=0, lt=1)
     """average: how slowly the average follows."""
     cache: str | None = None
     """A logit cache made with `tutelage teacher cache`, instead of running the teacher."""
@@ -49,13 +63,33 @@ class TeacherSettings(Settings):
             raise ValueError(
                 "teacher.url is a server with the teacher: leave teacher.cache out, and give the name of a model"
             )
+        if self.cache is not None and (self.hint or self.system_prompt):
+            raise ValueError(
+                "teacher.cache holds what the teacher said without a hint or a system prompt of its own: leave those "
+                "out, or leave the cache out"
+            )
+        if self.cache is not None and self.is_own:
+            raise ValueError(
+                f"teacher.name={self.name} follows the student while it is trained, and teacher.cache does not: leave "
+                "the cache out, or give the name of the model that wrote it"
+            )
         return self
+
+    @property
+    def is_own(self) -> bool:
+        """The student's own weights, or an average of them: a teacher that changes."""
+        return self.name == "self" or self.is_own_average
+
+    @property
+    def form(self) -> str:
+        """Where its answers come from: "cache", "server" or "process"."""
+        return "cache" if self.cache is not None else "server" if self.url is not None else "process"
 
     @property
     def can_sample_with_student(self) -> bool:
         """A model of its own, in this process, that reads what the student reads."""
         is_plain = not (self.hint or self.system_prompt or self.by_task or self.cache or self.url)
-        return is_plain and self.name != "self" and not self.is_own_average
+        return is_plain and not self.is_own
 
     @property
     def is_own_average(self) -> bool:
@@ -90,6 +124,106 @@ class DivergenceSettings(Settings):
     """sampled_reverse_kl, minillm: how far the ratio may go from 1. null: no clip; for minillm its published 0.2."""
     length_norm: bool = True
     """minillm: the mean of the later log ratios instead of their sum."""
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _paired(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind")
+        if kind in DIVERGENCES and isinstance(value, str):
+            try:
+                check_pair(kind, value)
+            except ConfigError as error:
+                hint = (
+                    "; in a config policy_gradient is kind: sampled_reverse_kl"
+                    if "policy_gradient" in str(error)
+                    else ""
+                )
+                raise ValueError(f"{error}{hint}") from error
+            if value not in ("full", "top_k_tail"):
+                raise ValueError(f"{value} works from sampled tokens: set kind: sampled_reverse_kl, without estimator")
+        return value
+
+    @model_validator(mode="after")
+    def _read(self) -> "DivergenceSettings":
+        fields = type(self).model_fields
+        idle = [n for n in fields if n != "kind" and n not in _READ_BY[self.kind]]
+        if wrong := [n for n in idle if getattr(self, n) != fields[n].default]:
+            readers = {n: ", ".join(k for k, read in _READ_BY.items() if n in read) for n in wrong}
+            raise ValueError(
+                "; ".join(f"{n} is not read by kind {self.kind}, but by {readers[n]}" for n in wrong)
+                + ": leave it out, or change the kind"
+            )
+        if self.kind in DIVERGENCES:
+            check_pair(self.kind, self.estimator, top_k=self.top_k)
+            numbers = {"alpha": self.alpha, "beta": self.beta, "skew": self.skew}
+            if problems := number_problems(self.kind, normalised=self.is_normalised, **numbers):
+                raise ConfigError(problems)
+        if self.top_k is not None and self.estimator != "top_k_tail":
+            raise ValueError(
+                f"top_k={self.top_k} is read by estimator top_k_tail only, and this one is {self.estimator}"
+            )
+        return self
+
+    @property
+    def is_over_vocabulary(self) -> bool:
+        """A divergence between two distributions, and not of sampled tokens."""
+        return self.kind in DIVERGENCES
+
+
+def check_answers(teacher: TeacherSettings, d: DivergenceSettings) -> None:
+    """Raise unless every teacher can answer what the divergence asks.
+
+    Raises:
+        ConfigError: all that it cannot.
+    """
+    teachers = (teacher, *teacher.by_task.values())
+    forms, out = {t.form for t in teachers}, []
+    if d.is_over_vocabulary and "process" in forms and len(forms) > 1:
+        out.append("teachers must all be in this process, or all give top-k columns (teacher.url, teacher.cache)")
+    elif forms == {"process"} and d.estimator == "top_k_tail" and d.top_k is None:
+        out.append("estimator top_k_tail needs divergence.top_k, the number of a teacher's entries that are kept")
+    if d.is_over_vocabulary and "server" in forms and d.estimator == "full":
+        out.append("a server gives a teacher's most likely tokens, not the whole vocabulary: use estimator top_k_tail")
+    if d.kind == "sampled_reverse_kl" and "cache" in forms:
+        out.append(
+            "a cache cannot score given tokens, which sampled_reverse_kl needs: use a teacher in process or on a server"
+        )
+    is_moving = any(t.is_own for t in teachers)
+    if d.kind == "sampled_reverse_kl" and is_moving and (d.discount > 0 or d.clip is not None):
+        out.append("discount and clip need a teacher's scores before the update, and self and average change with it")
+    if d.kind == "minillm" and (forms != {"process"} or is_moving):
+        out.append("minillm needs teachers in this process that do not change: no teacher.cache, url, self or average")
+    if out:
+        raise ConfigError(out)
+
+
+def check_sampled(teacher: TeacherSettings, d: DivergenceSettings, rollout: RolloutSettings) -> None:
+    """Raise unless what the student samples can be graded under the distribution it was sampled from.
+
+    Raises:
+        ConfigError: all that stands against it.
+    """
+    out = []
+    if rollout.temperature == 0:
+        out.append("rollout.temperature=0 takes the likeliest token, no sample of what is graded: set it above 0")
+    elif d.temperature is not None and (rollout.temperature != d.temperature or rollout.top_p != 1):
+        out.append(
+            "on-policy tokens are graded under the distribution they were sampled from: rollout has temperature "
+            f"{rollout.temperature:g} and top_p {rollout.top_p:g}, and divergence.temperature is {d.temperature:g}. "
+            "Leave it out: it then follows each sample"
+        )
+    forms = {t.form for t in (teacher, *teacher.by_task.values())}
+    if rollout.temperature > 0 and rollout.temperature != 1 and "server" in forms:
+        out.append(f"a served teacher answers at temperature 1, and rollout.temperature is {rollout.temperature:g}")
+    if d.kind == "forward_kl" and rollout.top_p < 1:
+        out.append(
+            f"the forward KL to a student cut by rollout.top_p={rollout.top_p:g} is infinite: set it to 1, or use "
+            "reverse_kl, jsd or a skewed form"
+        )
+    if "cache" in forms:
+        out.append("teacher.cache holds answers to recorded data, none to what the student samples: leave it out")
+    if out:
+        raise ConfigError(out)
 
 
 class AdaptiveSettings(Settings):
