@@ -32,6 +32,13 @@ FORMS = {
     ),
     "jsd 0 normalised": (partial(jsd, beta=0.0, normalised=True), oracle.forward_kl),
     "jsd 1 normalised": (partial(jsd, beta=1.0, normalised=True), oracle.reverse_kl),
+    "jsd .01 normalised": (
+        partial(jsd, beta=0.01, normalised=True),
+        lambda s, t: oracle.jsd(s, t, 0.01) / (0.01 * (1 - 0.01)),
+    ),
+    "jsd .98": (partial(jsd, beta=0.98), partial(oracle.jsd, beta=0.98)),
+    "skew_kl .97": (partial(skew_kl, alpha=0.97), partial(oracle.skew_kl, alpha=0.97)),
+    "skew_reverse_kl .97": (partial(skew_reverse_kl, alpha=0.97), partial(oracle.skew_reverse_kl, alpha=0.97)),
     "skew_kl": (partial(skew_kl, alpha=0.1), partial(oracle.skew_kl, alpha=0.1)),
     "skew_reverse_kl": (partial(skew_reverse_kl, alpha=0.3), partial(oracle.skew_reverse_kl, alpha=0.3)),
     "skew_kl 0": (partial(skew_kl, alpha=0.0), oracle.forward_kl),
@@ -97,6 +104,23 @@ def test_bfloat16_is_as_good_as_rounding_the_inputs_allows(name):
     assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2**-8, atol=1e-7)
+
+
+SHARES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.049, 0.051, 0.1, 0.5, 0.9, 0.949, 0.951, 0.99, 0.999, 0.9999, 0.99999)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    "form", [partial(jsd, normalised=True), skew_kl, skew_reverse_kl], ids=["jsd", "skew_kl", "skew_reverse_kl"]
+)
+def test_float32_keeps_its_digits_at_every_share(form, share):
+    student = randn(4, 8, 300, seed=0, dtype=torch.float32) * 3
+    teacher = student + randn(4, 8, 300, seed=1, dtype=torch.float32)
+    function = lambda s, t: form(s, t, share)  # noqa: E731
+    value, gradient = value_and_gradient(function, student, teacher)
+    exact, exact_gradient = value_and_gradient(function, student.double(), teacher.double())
+    assert ((value - exact).abs().max() / exact.mean()).item() < 2e-4
+    assert ((gradient - exact_gradient).norm() / exact_gradient.norm()).item() < 2e-4
 
 
 HARD_TEACHERS = {
@@ -222,6 +246,15 @@ def test_hinton_loss_is_its_two_terms_and_keeps_the_gradient_scale_over_temperat
     assert max(sizes) / min(sizes) < 1.01
     with pytest.raises(ConfigError, match=r"temperature must be positive, got 0"):
         hinton_loss(student, teacher, ids, temperature=0)
+
+
+def test_hinton_loss_of_the_targets_alone_is_finite_whatever_the_teacher():
+    student, teacher = f64([[[0.3, -INF, 2.0]]]), f64([[[0.0, 0.0, 0.0]]])
+    value, gradient = value_and_gradient(
+        partial(hinton_loss, target_ids_BT=torch.tensor([[2]]), alpha=1.0), student, teacher
+    )
+    torch.testing.assert_close(value, -student.log_softmax(-1)[..., 2])
+    assert torch.isfinite(gradient).all()
 
 
 # -- top-k with a tail -----------------------------------------------------------------------

@@ -31,6 +31,10 @@ Kernel = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 _FLOOR = -1e4
 """Stands for log 0 where the factor in front of it is exactly 0: 0 * -inf would be nan."""
+_NEAR = 0.05
+"""A mixture with less of one distribution than this is computed from the other one."""
+_LARGEST_RATIO = 80.0
+"""Nats; stands for the log of a larger ratio of probabilities: what depends on it has a factor of e^-80."""
 
 
 def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
@@ -115,7 +119,8 @@ def jsd(
         return _divergence("jsd", student_logits_BTV, teacher_logits_BTV, _forward_kl)
     if normalised and beta == 1:
         return _divergence("jsd", student_logits_BTV, teacher_logits_BTV, _reverse_kl)
-    kernel = partial(_jsd, beta=beta, scale=1 / (beta * (1 - beta)) if normalised else 1.0)
+    form = _jsd_near if min(beta, 1 - beta) < _NEAR else _jsd
+    kernel = partial(form, beta=beta, scale=1 / (beta * (1 - beta)) if normalised else 1.0)
     return _divergence("jsd", student_logits_BTV, teacher_logits_BTV, kernel)
 
 
@@ -134,7 +139,7 @@ def skew_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, alpha: float
         Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
     _check_share("alpha", alpha)
-    kernel = _forward_kl if alpha == 0 else partial(_skew_kl, alpha=alpha)
+    kernel = _forward_kl if alpha == 0 else partial(_skew_kl_near if 1 - alpha < _NEAR else _skew_kl, alpha=alpha)
     return _divergence("skew_kl", student_logits_BTV, teacher_logits_BTV, kernel)
 
 
@@ -153,7 +158,8 @@ def skew_reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, alph
         Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
     _check_share("alpha", alpha)
-    kernel = _reverse_kl if alpha == 0 else partial(_skew_reverse_kl, alpha=alpha)
+    form = _skew_reverse_kl_near if 1 - alpha < _NEAR else _skew_reverse_kl
+    kernel = _reverse_kl if alpha == 0 else partial(form, alpha=alpha)
     return _divergence("skew_reverse_kl", student_logits_BTV, teacher_logits_BTV, kernel)
 
 
@@ -189,6 +195,8 @@ def hinton_loss(
     _check_share("alpha", alpha)
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive, got {temperature}: it divides the logits of both models")
+    if alpha == 1:  # the soft term may be infinite
+        return -target_logprobs(student_logits_BTV, target_ids_BT)
     soft_BT = forward_kl(student_logits_BTV / temperature, teacher_logits_BTV / temperature) * temperature**2
     if alpha == 0:
         return soft_BT
@@ -353,6 +361,64 @@ def _skew_reverse_kl(s: Tensor, t: Tensor, want_gradient: bool, *, alpha: float)
         return value, None
     h.sub_(q / m.exp_(), alpha=alpha)
     return value, h.sub_((q * h).sum(-1, keepdim=True)).mul_(q)
+
+
+# Where the share c of one distribution O is small, the mixture M = N (1 + x), x = c (o/n - 1), is near the other, N:
+# log(M / N) = log1p(x) would lose its digits as a difference of logarithms, all of them as c goes to 0.
+
+
+def _near(n: Tensor, o: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log(o / n), x, log1p(x) and KL(N || M) for M = (1 - c) N + c O, from log-probabilities."""
+    d = (o.clamp_min(_FLOOR) - n.clamp_min(_FLOOR)).clamp_max(_LARGEST_RATIO)
+    x = d.expm1().mul_(c)
+    log_ratio = x.log1p()
+    # The sum of n x = c (o - n) is 0: with it every term is positive, and small ones keep their digits.
+    whole = (o.exp() - n.exp()).mul_(c).sub_(n.exp() * log_ratio)
+    small = n.exp() * x.square() * (0.5 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6))))
+    kl = torch.where(x.abs() < _series_ends(x), small, whole).sum(-1)
+    return d, x, log_ratio, kl
+
+
+def _jsd_near(s: Tensor, t: Tensor, want_gradient: bool, *, beta: float, scale: float) -> tuple[Tensor, Tensor | None]:
+    """`_jsd` for a beta near 0 (M is near the student) or near 1 (M is near the teacher)."""
+    is_student = beta < 0.5
+    c = beta if is_student else 1 - beta
+    near, other = (s, t) if is_student else (t, s)
+    d, _, log_ratio, near_kl = _near(near, other, c)
+    other_minus_m = d - log_ratio
+    other_kl = (other.exp() * other_minus_m).sum(-1)
+    value = (c * other_kl + (1 - c) * near_kl) * scale
+    if not want_gradient:
+        return value, None
+    s_minus_m, student_kl = (-log_ratio, near_kl) if is_student else (other_minus_m, other_kl)
+    return value, (s_minus_m - student_kl.unsqueeze(-1)).mul_(s.exp()).mul_((1 - beta) * scale)
+
+
+def _skew_kl_near(s: Tensor, t: Tensor, want_gradient: bool, *, alpha: float) -> tuple[Tensor, Tensor | None]:
+    """`_skew_kl` for an alpha near 1: M is near the teacher."""
+    _, x, _, value = _near(t, s, 1 - alpha)
+    if not want_gradient:
+        return value, None
+    q, rest = s.exp(), x / (1 + x)
+    return value, rest.sub_((q * rest).sum(-1, keepdim=True)).mul_(q).mul_(1 - alpha)
+
+
+def _skew_reverse_kl_near(s: Tensor, t: Tensor, want_gradient: bool, *, alpha: float) -> tuple[Tensor, Tensor | None]:
+    """`_skew_reverse_kl` for an alpha near 1: M is near the student."""
+    _, _, log_ratio, value = _near(s, t, 1 - alpha)
+    if not want_gradient:
+        return value, None
+    y = -log_ratio
+    series = y.square() * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y / 720))))
+    bend = torch.where(y.abs() < _series_ends(y), series, y.expm1() - y)
+    h = y.mul_(1 - alpha).sub_(bend, alpha=alpha)
+    q = s.exp()
+    return value, h.sub_((q * h).sum(-1, keepdim=True)).mul_(q)
+
+
+def _series_ends(x: Tensor) -> float:
+    """Below this five terms of a series are as good as the dtype; above it the plain difference keeps its digits."""
+    return 0.05 if x.dtype == torch.float32 else 1e-3
 
 
 def _log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
