@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError
 from tutelage.types import Span, Status, Verdict
 
 
-def sampled(prompt, said, length=1, status="accept", score=1.0, key=None, finish="stop"):
+def sampled(prompt, said, length=1, status="accept", score=1.0, key=None, finish="stop", weight=1.0):
     span = Span(token_ids=(1,) * length, role="assistant", author="student", is_sampled=True, is_trainable=True)
     return simple(
         0,
@@ -22,6 +22,8 @@ def sampled(prompt, said, length=1, status="accept", score=1.0, key=None, finish
         messages=({"role": "assistant", "content": said},),
         completion=said,
         finish=finish,
+        weight=weight,
+        marks=() if weight else ("long paragraph",),
         verdict=None if status is None else Verdict(status=Status(status), score=score, key=key),
     )
 
@@ -35,9 +37,11 @@ SAMPLES = st.builds(
     score=st.sampled_from([None, 0.0, 0.5, 1.0]),
     key=st.sampled_from([None, "k1", "k2"]),
     finish=st.sampled_from(["stop", "stop", "length"]),
+    weight=st.sampled_from([1.0, 1.0, 0.0]),
 )
 RULES = st.builds(
     SelectionRules,
+    is_weighted=st.booleans(),
     is_accepted=st.booleans(),
     min_score=st.none() | st.just(0.5),
     is_whole=st.booleans(),
@@ -54,7 +58,8 @@ def literal(trajectories, r):
     rows = []
     for i, t in enumerate(trajectories):
         v = t.verdict
-        fine = not r.is_accepted or (v is not None and v.status == "accept")
+        fine = not r.is_weighted or t.weight != 0
+        fine &= not r.is_accepted or (v is not None and v.status == "accept")
         fine &= r.min_score is None or (v is not None and v.score is not None and v.score >= r.min_score)
         fine &= not (r.is_whole and t.finish == "length")
         fine &= r.max_tokens is None or len(t.token_ids) <= r.max_tokens

@@ -139,6 +139,15 @@ def test_a_section_within_a_section_keeps_its_own_default_too() -> None:
     assert Outer(middle=Middle(c=7)).middle.inner == Inner(b=3), "a whole section is taken as it is"
 
 
+def test_an_override_of_a_yaml_alias_changes_one_of_the_two(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "stages:\n- {method: sft, name: a, data: &data {path: x}}\n- {method: sft, name: b, data: *data}\n"
+    )
+    config, _ = load_config(path, ["stages.1.data.limit=3"])
+    assert [s.data.limit for s in config.stages] == [None, 3]
+
+
 def test_a_missing_config_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*run.yaml"):

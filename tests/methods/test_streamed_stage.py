@@ -26,9 +26,12 @@ def stage(folder: Path, model: Path, run: str, **more: Any) -> dict[str, Any]:
     return family("data_stage", folder, model, run, keep=KEEP, data=data, rounds=1, **more)
 
 
-def test_a_streamed_stage_trains_the_same_weights_as_one_in_memory(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("filters", [None, {"max_other_script": 0.0, "max_paragraph_words": 2}])
+def test_a_streamed_stage_trains_the_same_weights_as_one_in_memory(
+    filters: dict[str, Any] | None, tmp_path: Path, tiny_folder: Path
+) -> None:
     for run, is_streamed in (("disk", True), ("memory", False)):
-        job(stage(tmp_path, tiny_folder, run, is_streamed=is_streamed))()
+        job(stage(tmp_path, tiny_folder, run, is_streamed=is_streamed, filters=filters))()
     disk, memory = tmp_path / "disk", tmp_path / "memory"
     a, b = weights(disk / "model"), weights(memory / "model")
     assert all(torch.equal(a[k], b[k]) for k in b)
@@ -36,6 +39,11 @@ def test_a_streamed_stage_trains_the_same_weights_as_one_in_memory(tmp_path: Pat
     kept = [{t.id for t in TrajectoryStore(r / "trajectories") if t.weight} for r in (disk, memory)]
     assert kept[0] == kept[1] and len(kept[0]) > 10
     drawn = [events(r, "draw")[0] for r in (disk, memory)]
+    for rule in ("mixed language", "long paragraph"):
+        marked = [{t.id for t in TrajectoryStore(r / "trajectories") if t.marks == (rule,)} for r in (disk, memory)]
+        assert marked[0] == marked[1] and bool(marked[0]) == bool(filters)
+        counts = [d.get(f"data/num_left_out/{rule}{end}", 0) for d, end in zip(drawn, ("", "/sampled"), strict=True)]
+        assert counts == [len(marked[0])] * 2
     assert drawn[0]["data/num_kept"] + 10 == len(kept[0]) and drawn[0]["trajectories"] == drawn[1]["trajectories"]
     assert (disk / "model").exists() and not list((disk / "work").glob("*/tokens"))  # cleared with its round
 

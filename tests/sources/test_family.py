@@ -14,6 +14,7 @@ from tutelage.errors import ConfigError
 from tutelage.methods import METHODS
 from tutelage.methods.keeping import keep_of
 from tutelage.sources import Accepted, Judged, Keep, Paths, Refilled, RisingThresholds
+from tutelage.sources.cleaned import Cleaned, TextRules
 from tutelage.sources.drawn import Drawn
 from tutelage.sources.paths import equations
 from tutelage.types import Draw, DrawContext, Group, Span, Status, Task, Trajectory, Verdict
@@ -222,6 +223,28 @@ def test_raft_takes_the_first_of_equally_good_answers() -> None:
     section = METHODS["raft"].settings.model_fields["keep"].get_default(call_default_factory=True)
     draw = Accepted(Fixed(group), keep_of(section)).draw(ctx())
     assert [t.completion for t in draw.kept()] == ["first, and long"]
+
+
+# -- texts --------------------------------------------------------------------------------------
+
+
+def test_keep_rules_choose_among_what_the_text_rules_left() -> None:
+    texts = ["four 四四四", "four, or so", "four"]
+    rules = TextRules(rejected=False, truncated=False, duplicates=False)
+    found = Accepted(Cleaned(Fixed([said(t) for t in texts]), rules), Keep(order="sampled", cap=1)).draw(ctx())
+    assert [t.marks for t in found] == [("mixed language",), (), ("over cap",)]
+    assert found.stats["data/num_left_out/mixed language"] == 1 and found.stats["data/num_kept"] == 1
+    lots = Keep(order="sampled", random_budget=True)
+    arm = Accepted(Cleaned(Fixed([said(t) for t in texts]), rules), lots, budget=lambda *_: 3).draw(ctx())
+    assert [(t.weight, t.marks) for t in arm] == [(1.0, ())] * 3, "the control arm draws among all"
+
+
+def test_score_thresholds_and_text_rules_go_together() -> None:
+    """What a verdict says is the keep rules' matter: a score may keep what was not accepted."""
+    half = replace(said("half"), verdict=Verdict(status=Status.REJECT, score=0.5))
+    rules = TextRules(rejected=False, truncated=False, duplicates=False)
+    draw = Accepted(Cleaned(Fixed([half]), rules), Keep(min_score=0.5)).draw(ctx())
+    assert [t.completion for t in draw.kept()] == ["half"]
 
 
 # -- refilling ----------------------------------------------------------------------------------

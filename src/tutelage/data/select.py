@@ -24,11 +24,15 @@ COLUMNS = (
     *("finish", "num_tokens", "num_sampled"),
 )
 
+MARKED = ("weight", "marks")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRules:
     """What is kept. Rules apply in the order of these fields; where one of several is kept, order decides which."""
 
+    is_weighted: bool = False
+    """Leave out what has weight 0 already; it counts under its last mark."""
     is_accepted: bool = True
     """Keep only what a verifier accepted. Without a verdict, or with an error, it was not."""
     min_score: float | None = None
@@ -84,12 +88,13 @@ class Selection:
 def select(source: TrajectoryStore | Iterable[Trajectory], rules: SelectionRules) -> Selection:
     """Apply the rules to a store, or to trajectories that can be gone through again for `Selection.of`."""
     table = _Table(rules)
+    columns = [*COLUMNS, *(MARKED if rules.is_weighted else ())]
     if isinstance(source, TrajectoryStore):
-        for batch in source.scan(COLUMNS, batch_rows=4096):
+        for batch in source.scan(columns, batch_rows=4096):
             table.add(batch)
     else:
         for t in source:
-            table.add(encode(to_row(t)).select(list(COLUMNS)))
+            table.add(encode(to_row(t)).select(columns))
     return table.choose()
 
 
@@ -103,8 +108,18 @@ class _Table:
         self.length = array("q")
 
     def add(self, batch: pa.RecordBatch) -> None:
-        for row in zip(*(batch.column(name).to_pylist() for name in COLUMNS), strict=True):
-            self._add(*row)
+        reasons = self._marked_out(batch) if self.rules.is_weighted else [None] * len(batch)
+        for reason, *row in zip(reasons, *(batch.column(name).to_pylist() for name in COLUMNS), strict=True):
+            if reason is None:
+                self._add(*row)
+            else:
+                self.num_rows += 1
+                self._leave(reason)
+
+    def _marked_out(self, batch: pa.RecordBatch) -> list[str | None]:
+        """Why a row has weight 0."""
+        weights, marks = (batch.column(name).to_pylist() for name in MARKED)
+        return [None if w else (m[-1] if m else "weight 0") for w, m in zip(weights, marks, strict=True)]
 
     def _add(
         self,

@@ -128,7 +128,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[
             raise ConfigError(f"config {str(path)!r}: no such file{_near_file(path)}")
         text = path.read_text(encoding="utf-8")
         try:
-            body = yaml.safe_load(text) or {}
+            body = _copy(yaml.safe_load(text) or {})  # what YAML aliases share is two settings here
             lines = dict(_key_lines(yaml.compose(text)))
         except yaml.YAMLError as error:
             raise ConfigError(f"config {str(path)!r} is not YAML: {error}") from error

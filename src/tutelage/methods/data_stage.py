@@ -1,5 +1,6 @@
 """A data stage as in large post-training runs: one large pass, strict filters, and SFT from base on what is left."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -7,8 +8,16 @@ from pydantic import Field, model_validator
 from tutelage.methods.card import Card
 from tutelage.methods.family import Imitation, drawn_of, stage_of
 from tutelage.methods.keeping import accepted_of, selection_of, unstreamable
-from tutelage.methods.settings import DataSettings, KeepSettings, Positive, RolloutSettings, TrainSettings
+from tutelage.methods.settings import (
+    DataSettings,
+    KeepSettings,
+    Positive,
+    RolloutSettings,
+    TextFilterSettings,
+    TrainSettings,
+)
 from tutelage.sources import Judged, Mixed, Recorded, Streamed
+from tutelage.sources.cleaned import Cleaned, TextRules, cleaned
 from tutelage.train.loop import Stage
 from tutelage.types import Source
 
@@ -46,6 +55,8 @@ class DataStage(Imitation):
     """What is trained: base (the papers'), previous, or stage:NAME."""
     data: DataSettings | None = None
     """Other data in the mix (R1: 200k of 800k); null mixes nothing in."""
+    filters: TextFilterSettings | None = None
+    """Leave out answers in mixed languages, with long paragraphs or stray code (R1's filters); null reads no text."""
     is_streamed: bool = True
     """Sample, judge, choose and train through the disk, holding one chunk; false holds the whole draw."""
     is_unique: bool = False
@@ -63,7 +74,14 @@ def build(settings: DataStage, bench: "Workbench") -> Stage:
     """One pass of sampling and filtering, with the other data beside it."""
     drawn, verifier = drawn_of(settings, bench), bench.verifier(settings.verifier)
     other = bench.demonstrations(settings.data) if settings.data is not None else []
+    rules = None
+    if settings.filters is not None:  # the keep rules say what of verdicts, lengths and duplicates
+        rules = TextRules(rejected=False, truncated=False, duplicates=False, **settings.filters.model_dump())
     if settings.is_streamed:
-        return stage_of(settings, bench, Streamed(drawn, verifier, selection_of(settings), other=other))
-    source: Source = accepted_of(Judged(drawn, verifier), settings.keep, bench)
+        finish = None if rules is None else partial(cleaned, rules=rules)
+        return stage_of(settings, bench, Streamed(drawn, verifier, selection_of(settings), other=other, finish=finish))
+    source: Source = Judged(drawn, verifier)
+    if rules is not None:
+        source = Cleaned(source, rules)
+    source = accepted_of(source, settings.keep, bench)
     return stage_of(settings, bench, Mixed({"sampled": source, "data": Recorded(other)}) if other else source)

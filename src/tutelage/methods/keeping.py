@@ -43,6 +43,7 @@ def selection_of(settings: Any) -> SelectionRules:
     """The keep rules of a streamed stage."""
     keep: KeepSettings = settings.keep
     return SelectionRules(
+        is_weighted=getattr(settings, "filters", None) is not None,
         is_accepted=keep.min_score is None,
         min_score=keep.min_score,
         is_whole=keep.drop_truncated,

@@ -239,6 +239,17 @@ class KeepSettings(Settings):
     as many as that run kept of the prompt in the same round."""
 
 
+class TextFilterSettings(Settings):
+    """Which answers are left out for how they are written (DeepSeek-R1's data). They are marked, not removed."""
+
+    max_other_script: Fraction | None = 0.05
+    """Mixed language: largest share of letters in another script than the answer's and the question's."""
+    max_paragraph_words: Positive | None = 300
+    """Longest paragraph."""
+    stray_code: bool = True
+    """Fenced code that the question does not ask for."""
+
+
 class RetentionSettings(Settings):
     """Another ability that training should not cost."""
 

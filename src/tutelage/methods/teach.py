@@ -22,13 +22,13 @@ from tutelage.methods.config import RunConfig, load_config, load_settings
 from tutelage.methods.job import measuring_of
 from tutelage.methods.servers import addresses
 from tutelage.methods.settings import (
-    Fraction,
     ModelSettings,
     Positive,
     RolloutSettings,
     Settings,
     SystemSettings,
     TaskSettings,
+    TextFilterSettings,
     VerifierSettings,
 )
 from tutelage.methods.teacher_settings import TeacherSettings
@@ -98,17 +98,11 @@ class AnswererSettings(Settings):
         return self.url is not None and self.kind == "endpoint"
 
 
-class FilterSettings(Settings):
+class FilterSettings(TextFilterSettings):
     """Which answers are left out, besides those a verifier rejects. They are marked, not removed."""
 
     truncated: bool = True
     """What ran into the length limit."""
-    max_other_script: Fraction | None = 0.05
-    """Mixed language: largest share of letters in another script than the answer's and the question's."""
-    max_paragraph_words: Positive | None = 300
-    """Longest paragraph."""
-    stray_code: bool = True
-    """Fenced code that the question does not ask for."""
     duplicates: bool = True
     """All but the first of a question's equal answers."""
 

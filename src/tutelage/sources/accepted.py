@@ -49,7 +49,8 @@ class Keep:
 
 
 class Accepted:
-    """What the inner source draws, with weight 0 and a mark on everything the rules leave out.
+    """What the inner source draws, with weight 0 and a mark on everything the rules leave out. What the inner source
+    left out itself stays out and counts for no rule.
 
     Group statistics, control arms and later thresholds still see all of it.
 
@@ -62,19 +63,26 @@ class Accepted:
 
     def draw(self, ctx: DrawContext) -> Draw:
         draw = self.source.draw(ctx)
-        marked = [t for g in draw.groups for t in self._mark(g, ctx)]
-        out = draw.with_trajectories(marked)
+        out = draw.with_trajectories([t for g in draw.groups for t in marked_in(g, self.keep, ctx, self.budget)])
         return replace(out, stats={**out.stats, **keep_stats(out)})
-
-    def _mark(self, group: Group, ctx: DrawContext) -> list[Trajectory]:
-        marks = marks_in(group, self.keep, ctx, self.budget)
-        return [t if mark is None else t.marked(mark) for t, mark in zip(group.trajectories, marks, strict=True)]
 
     def state(self) -> Mapping[str, Any]:
         return self.source.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.source.restore(state)
+
+
+def marked_in(group: Group, keep: Keep, ctx: DrawContext, budget: Budget | None = None) -> list[Trajectory]:
+    """A prompt's trajectories with the marks of the rules in this round. What had weight 0 before keeps its own mark,
+    or loses it where the lot chose it."""
+    out = []
+    for t, mark in zip(group.trajectories, marks_in(group, keep, ctx, budget), strict=True):
+        if mark is None:
+            out.append(t if t.weight else replace(t, weight=1.0, marks=t.marks[:-1]))
+        else:
+            out.append(t.marked(mark) if t.weight else t)
+    return out
 
 
 def marks_in(group: Group, keep: Keep, ctx: DrawContext, budget: Budget | None = None) -> list[str | None]:
@@ -109,6 +117,8 @@ def keep_marks(group: Group, keep: Keep) -> list[str | None]:
 
 
 def _first_reason(t: Trajectory, keep: Keep) -> str | None:
+    if t.weight == 0:
+        return t.marks[-1] if t.marks else "weight 0"
     if t.verdict is None:
         return "not judged"
     if t.verdict.status == "error":

@@ -1,4 +1,4 @@
-"""Rules for a teacher's answers, as used for DeepSeek-R1's 800K set. They mark; they never remove."""
+"""Rules for the texts of answers, as used for DeepSeek-R1's 800K set. They mark; they never remove."""
 
 import re
 import unicodedata
@@ -24,6 +24,8 @@ count nowhere."""
 class TextRules:
     """Which answers are left out, in this order; the first reason is the mark."""
 
+    rejected: bool = True
+    """Leave out what a verifier rejected or could not judge; what nobody judged stays."""
     truncated: bool = True
     """Leave out what ran into the length limit."""
     max_other_script: float | None = 0.05
@@ -46,8 +48,7 @@ class TextRules:
 class Cleaned:
     """What the inner source draws, with weight 0 and a mark on every answer that a rule leaves out.
 
-    An answer that a verifier rejected ("rejected") or could not judge ("error") is left out first; one that nobody
-    judged is not.
+    Around it, `Accepted` applies its rules to what is left.
     """
 
     def __init__(self, source: Source, rules: TextRules | None = None) -> None:
@@ -90,7 +91,7 @@ def _reason(t: Trajectory, question: str, rules: TextRules) -> str | None:
     text = _said(t)
     if t.finish == "error":
         return NO_ANSWER
-    if t.verdict is not None and not t.verdict.is_accepted:
+    if rules.rejected and t.verdict is not None and not t.verdict.is_accepted:
         return "error" if t.verdict.status == "error" else "rejected"
     if rules.truncated and t.is_truncated:
         return "truncated"

@@ -1,7 +1,7 @@
 """One large pass of sampling, judging and choosing that holds no more than a chunk: for a million samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import Any, cast
 
@@ -51,7 +51,7 @@ class StoredGroups(Sequence[Group]):
 
     def __iter__(self) -> Iterator[Group]:
         marked = (
-            t if is_kept else t.marked("left out")
+            t if is_kept or t.weight == 0 else t.marked("left out")
             for t, is_kept in zip(self.store, self.selection.is_kept, strict=True)
         )
         for index, ts in groupby(marked, key=lambda t: t.prompt_index):
@@ -75,7 +75,7 @@ class Streamed:
         drawn: prompts, author and how they are sampled.
         rules: which of the judged samples are kept.
         other: recorded groups, trained on beside them.
-        finish: called with each judged chunk before it is committed (further marks, checks, keys).
+        finish: called with each prompt's judged samples before they are committed (further marks, checks, keys).
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Streamed:
         rules: SelectionRules,
         *,
         other: Sequence[Group] = (),
-        finish: Callable[[Sequence[Trajectory]], Sequence[Trajectory]] | None = None,
+        finish: Callable[[Group], Sequence[Trajectory]] | None = None,
     ) -> None:
         self.drawn, self.rules, self.other, self.finish = drawn, rules, tuple(other), finish
         self.judged = Judged(drawn, verifier)
@@ -134,7 +134,11 @@ class Streamed:
             by_prompt = [tuple(g) for _, g in groupby(made, key=lambda t: t.prompt_index)]
             groups = tuple(Group(task=chosen[g[0].prompt_index], trajectories=g) for g in by_prompt)
             judged: Sequence[Trajectory] = self.judged.judge(groups)
-            rounds.commit(index, self.finish(judged) if self.finish is not None else judged)
+            if self.finish is not None:
+                by_prompt = [tuple(g) for _, g in groupby(judged, key=lambda t: t.prompt_index)]
+                finished = (self.finish(replace(g, trajectories=ts)) for g, ts in zip(groups, by_prompt, strict=True))
+                judged = list(chain.from_iterable(finished))
+            rounds.commit(index, judged)
         if ctx.processes is not None:
             ctx.processes.wait()
 

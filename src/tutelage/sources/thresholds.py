@@ -8,7 +8,7 @@ import numpy as np
 
 from tutelage.data.rounds import RoundStore
 from tutelage.errors import ConfigError, DataError
-from tutelage.sources.accepted import Budget, Keep, keep_stats, marks_in
+from tutelage.sources.accepted import Budget, Keep, keep_stats, marked_in
 from tutelage.types import Draw, DrawContext, Group, Source, Status, Trajectory
 
 
@@ -61,12 +61,7 @@ class RisingThresholds:
         grown = self._again(ctx)
         threshold, least = self._threshold(grown, self.thresholds[improve])
         keep = replace(self.keep, min_score=least)
-        marked = [
-            t if mark is None else t.marked(mark)
-            for g in grown.groups
-            for t, mark in zip(g.trajectories, marks_in(g, keep, ctx, self.budget), strict=True)
-        ]
-        out = grown.with_trajectories(marked)
+        out = grown.with_trajectories([t for g in grown.groups for t in marked_in(g, keep, ctx, self.budget)])
         stats = {**out.stats, **keep_stats(out), "data/threshold": threshold, "data/improve": float(improve)}
         if improve:
             return replace(out, author="recorded", is_on_policy=False, stats=stats)
