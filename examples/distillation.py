@@ -9,7 +9,8 @@ updates: supervised (the recorded solutions, forward KL) and on-policy (the stud
 held-out questions are in no training set. Prints accuracy with intervals, the ledger, and the gain ratio as GKD has it:
 gain of on-policy distillation over the student, divided by the gain of supervised distillation over the same student.
 
-Folders that are finished are not computed again.
+Folders that are finished are not computed again. `--layers` without a number makes the teacher only, for the YAML
+examples of distillation.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def report(name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--layers", type=int, nargs="+", default=[24, 20], choices=sorted(DROPPED))
+    parser.add_argument("--layers", type=int, nargs="*", default=[24, 20], help="of the students; none: teacher only")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--divergence", default="reverse_kl", help="of the on-policy arm")
     args = parser.parse_args()
     args.questions = args.questions or args.demos
+    if odd := set(args.layers) - set(DROPPED):
+        parser.error(f"--layers: {odd} are none of {sorted(DROPPED)}")
     everything = demonstrations(args.out / "worked.jsonl", TRAINING)
     few = demonstrations(args.out / f"worked-{args.demos}.jsonl", args.demos)
     asked = demonstrations(args.out / f"worked-{args.questions}.jsonl", args.questions)
@@ -212,7 +215,8 @@ def main() -> None:
         )
         ratios.append(ratio_of_gains(on_policy, supervised))
         print(f"{'':24} gain ratio: {ratios[-1][0]:.2f} [{ratios[-1][1]:.2f}, {ratios[-1][2]:.2f}]", flush=True)
-    print(f"mean gain ratio over students: {np.mean([r[0] for r in ratios]):.2f}")
+    if ratios:
+        print(f"mean gain ratio over students: {np.mean([r[0] for r in ratios]):.2f}")
 
 
 if __name__ == "__main__":

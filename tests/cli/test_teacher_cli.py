@@ -67,6 +67,25 @@ def test_generate_cache_and_exit_codes(
     assert code == 2 and "TEACHER and DATA" in err
 
 
+def test_check_misses_a_missing_teacher_before_anything_is_sampled(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "q.jsonl").write_text("".join(f'{{"question": "{i}?", "answer": "{i}"}}\n' for i in range(6)))
+    config = {
+        "method": "distill_on_policy",
+        "model": {"name": str(tiny_folder), "precision": "float32"},
+        "teacher": {"name": "runs/distillation/teacher"},
+        "tasks": {"path": "q.jsonl", "heldout": 4},
+        "verifier": {"kind": "last_number", "workers": 1},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    (tmp_path / ".pytest_cache").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tutelage.methods.teach.evaluate", lambda *a, **k: pytest.fail("sampled"))
+    code, _, err = command(capsys, monkeypatch, "check", tmp_path / "c.yaml")
+    assert code == 2 and "runs/distillation/teacher" in err and "did you mean" not in err
+
+
 @pytest.mark.parametrize("is_better", [False, True])
 def test_check_says_whether_the_teacher_is_better(
     tmp_path: Path,

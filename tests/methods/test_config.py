@@ -141,9 +141,7 @@ def test_a_section_within_a_section_keeps_its_own_default_too() -> None:
 
 def test_an_override_of_a_yaml_alias_changes_one_of_the_two(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
-    path.write_text(
-        "stages:\n- {method: sft, name: a, data: &data {path: x}}\n- {method: sft, name: b, data: *data}\n"
-    )
+    path.write_text("stages:\n- {method: sft, name: a, data: &data {path: x}}\n- {method: sft, name: b, data: *data}\n")
     config, _ = load_config(path, ["stages.1.data.limit=3"])
     assert [s.data.limit for s in config.stages] == [None, 3]
 

@@ -517,6 +517,9 @@ def check(
             raise ConfigError(
                 "comparing a teacher needs held-out questions and a verifier: set tasks.heldout and verifier"
             )
+        compared = list(grading.tasks_by_teacher(stage, measuring.tasks))
+        for _, teacher, _ in compared:  # a teacher that is missing is missed before anything is sampled
+            bench.sampler(bench.author_of(teacher), "teacher")
         student = evaluate(
             bench.sampler("student", "student"),
             measuring.tasks,
@@ -535,7 +538,7 @@ def check(
             name: grading.check_one(
                 bench, teacher, measuring, student, tasks=tasks, allow_worse=True, progress=progress
             )
-            for name, teacher, tasks in grading.tasks_by_teacher(stage, measuring.tasks)
+            for name, teacher, tasks in compared
         }
     finally:
         bench.close()

@@ -34,8 +34,9 @@ def resolve_model(name: str) -> tuple[str, str | None]:
         return str(path), None
     base, _, revision = name.partition("@")
     if HUB_NAME.fullmatch(base) is None or path.parent.is_dir():
-        parent = path.parent if path.parent.is_dir() else Path(".")
-        near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir() if p.is_dir()], n=3)
+        parent = next(p for p in path.parents if p.is_dir())
+        names = [p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        near = difflib.get_close_matches(path.relative_to(parent).parts[0], names, n=3)
         hint = f"; did you mean {', '.join(str(parent / n) for n in near)}?" if near else ""
         raise ConfigError(
             f"model {name!r}: no such folder, and not a hub name of the form org/name@revision{hint} "
