@@ -1,10 +1,14 @@
 """Sampling in worker processes: the same answers, shared weights, and what happens when somebody dies."""
 
+import contextlib
+import glob
 import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import pytest
@@ -58,13 +62,27 @@ def is_running(pid):
         return False
 
 
+def named_files(pid):
+    """Files of shared weights that a process has made."""
+    return {
+        p for folder in ("/dev/shm", tempfile.gettempdir()) for p in glob.glob(f"{folder}/tutelage-weights-{pid}-*")
+    }
+
+
+def shared_by(pid):
+    """Paths that a process has open to nameless weights."""
+    paths = glob.glob(f"/proc/{pid}/fd/*")
+    return {p.replace(str(pid), "self") for p in paths if "memfd:tutelage" in os.path.realpath(p)}
+
+
 @pytest.fixture(scope="module")
 def workers():
     with WorkerSampler(tiny_model(), stop_ids=[2], decode=str, num_workers=2) as sampler:
         yield sampler
-        running, path = pids(sampler), sampler._shared.path
-        assert all(is_running(pid) for pid in running) and os.path.exists(path)
-    assert not any(is_running(pid) for pid in running) and not os.path.exists(path)
+        running, left = pids(sampler), shared_by(os.getpid())
+        assert all(is_running(pid) for pid in running)
+    assert not any(is_running(pid) for pid in running)
+    assert shared_by(os.getpid()) == left - {sampler._shared.path} and not named_files(os.getpid())
 
 
 def pids(sampler):
@@ -189,31 +207,57 @@ def test_what_cannot_be_sent_is_an_error_at_once():
 
 
 PARENT = """
-import sys, time, warnings
+import os, sys, time, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, {folder!r})
 import test_sampler_workers as t
 sampler = t.WorkerSampler(t.tiny_model(), stop_ids=[2], decode=str, num_workers=1)
-print(*t.pids(sampler), sampler._shared.path, flush=True)
+other = os.fork() if {forks} else 0
+if {forks} and not other:
+    time.sleep(60)
+    os._exit(0)
+print(*t.pids(sampler), other, flush=True)
 sampler.sample([t.SampleRequest(prompt_ids=(3,), n=10**6, seed=0)], t.PARAMS)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_workers_die_with_a_parent_that_is_killed():
-    code = PARENT.format(folder=os.path.dirname(__file__))
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("forks", [False, True], ids=["alone", "its fork lives on"])
+def test_a_parent_that_is_killed_leaves_neither_workers_nor_weights(forks):
+    code = PARENT.format(folder=os.path.dirname(__file__), forks=forks)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    pid, path = parent.stdout.readline().split()
+    pid, other = (int(x) for x in parent.stdout.readline().split())
     try:
-        assert is_running(int(pid))
+        assert is_running(pid) and not named_files(parent.pid)
         parent.kill()
         parent.wait()
         deadline = time.monotonic() + 20
-        while is_running(int(pid)) and time.monotonic() < deadline:
+        while is_running(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not is_running(int(pid))
+        assert not is_running(pid) and not named_files(parent.pid)
     finally:
         parent.kill()
         parent.stdout.close()
-        if os.path.exists(path):
-            os.unlink(path)
+        for left in {pid, other} - {0}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+
+
+def test_workers_outlive_the_thread_that_started_them():
+    made = []
+    thread = threading.Thread(
+        target=lambda: made.append(WorkerSampler(tiny_model(), stop_ids=[2], decode=str, num_workers=1))
+    )
+    thread.start()
+    thread.join()
+    time.sleep(0.3)
+    with made[0] as sampler:
+        assert ids_of(sampler.sample(ask(), PARAMS)) == ids_of(in_process(tiny_model()).sample(ask(), PARAMS))
+
+
+def test_without_nameless_memory_the_weights_lie_in_a_file_that_close_deletes(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    with WorkerSampler(tiny_model(), stop_ids=[2], decode=str, num_workers=1) as sampler:
+        assert named_files(os.getpid()) == {sampler._shared.path}
+        assert ids_of(sampler.sample(ask(), PARAMS)) == ids_of(in_process(tiny_model()).sample(ask(), PARAMS))
+    assert not named_files(os.getpid())

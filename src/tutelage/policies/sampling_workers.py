@@ -1,20 +1,21 @@
 """Sampling in several processes that share one copy of the weights.
 
 `WorkerSampler` starts `num_workers` processes with `threads` torch threads each. Request i goes to worker i mod N, so
-what is drawn never depends on which worker was faster. The weights lie in one memory-mapped file that every worker
+what is drawn never depends on which worker was faster. The weights lie in one piece of memory that every worker
 maps; `load` writes new ones into it. Workers end with their parent, however it ends.
 """
 
 import contextlib
-import ctypes
 import io
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class _Place:
 
 
 class _SharedModel:
-    """A model pickled without its tensors, and the memory-mapped file that holds them."""
+    """A model pickled without its tensors, and the shared memory that holds them."""
 
     def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
         self._places: list[tuple[_Place, Tensor]] = []
@@ -61,7 +62,7 @@ class _SharedModel:
                 "Use InProcessSampler, or move its class into an importable module"
             ) from error
         self.pickled = buffer.getvalue()
-        self.path, self._bytes = _shared_file(max(self._size, 1))
+        self.handle, self.path, self._bytes = _shared_file(max(self._size, 1))
         self._views = {id(t): _view(self._bytes, place) for place, t in self._places}
         with torch.no_grad():
             for _, tensor in self._places:
@@ -72,6 +73,7 @@ class _SharedModel:
             if id(tensor) in self._views
         }
         self.size = max(self._size, 1)
+        self.is_closed = False
 
     def _place(self, tensor: Tensor, dtype: torch.dtype | None) -> _Place:
         known = self._by_tensor.get(id(tensor))
@@ -108,8 +110,15 @@ class _SharedModel:
                 self._state_views[name].copy_(tensor)
 
     def close(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        """Doing it twice does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.handle is not None:
+            os.close(self.handle)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
 
 
 class _ModelPickler(pickle.Pickler):
@@ -146,25 +155,41 @@ def _view(data: Tensor, place: _Place) -> Tensor:
     return data[place.offset : place.offset + count * width].view(place.dtype).view(place.shape)
 
 
-def _shared_file(size: int) -> tuple[str, Tensor]:
-    """A new file of this size, in memory where the system has room for it there, and its bytes."""
-    folders = [f for f in ("/dev/shm",) if os.path.isdir(f)] + [tempfile.gettempdir()]
+def _shared_file(size: int) -> tuple[int | None, str, Tensor]:
+    """New shared bytes: a handle, the path to map them by in any process that has the handle, and the bytes.
+
+    Linux keeps them in memory without a name, so that they go with their last user however it ends. Elsewhere, or where
+    they would take more than half of the memory, the file has a name and no handle, and is to be deleted.
+    """
     reasons = []
-    for folder in folders:
-        handle, path = tempfile.mkstemp(prefix="tutelage-weights-", dir=folder)
+    if hasattr(os, "memfd_create") and 2 * size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        handle = os.memfd_create("tutelage-weights")
         try:
-            # Reserved now: a full memory disk would otherwise kill the process at the first write.
-            os.posix_fallocate(handle, 0, size)
-            return path, torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+            path = f"/proc/self/fd/{handle}"
+            return handle, path, _reserved(handle, path, size)
+        except (OSError, RuntimeError) as error:
+            reasons.append(f"memory: {error}")
+            os.close(handle)
+    folders = [f for f in ("/dev/shm",) if os.path.isdir(f)] + [tempfile.gettempdir()]
+    for folder in folders:
+        handle, path = tempfile.mkstemp(prefix=f"tutelage-weights-{os.getpid()}-", dir=folder)
+        try:
+            return None, path, _reserved(handle, path, size)
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")
             os.unlink(path)
         finally:
             os.close(handle)
     raise SamplerError(
-        f"sharing the weights with worker processes needs {size / 1e6:.0f} MB in one of {', '.join(folders)}; "
-        f"got {'; '.join(reasons)}. Free space, or use InProcessSampler"
+        f"sharing the weights with worker processes needs {size / 1e6:.0f} MB in memory or in one of "
+        f"{', '.join(folders)}; got {'; '.join(reasons)}. Free space, or use InProcessSampler"
     )
+
+
+def _reserved(handle: int, path: str, size: int) -> Tensor:
+    """The file's bytes, reserved now: a full memory disk would otherwise kill the process at the first write."""
+    os.posix_fallocate(handle, 0, size)
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ the worker
@@ -186,18 +211,27 @@ class _Reporting:
         """The parent sees the answers."""
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent goes (Linux). Elsewhere the closed connection ends it."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the call
+def end_with_parent(connection: int, parent: int) -> None:
+    """Have this process end when its parent closes the other end of the connection or is gone.
+
+    A thread waits for that, whatever the main one computes. (The kernel's own signal at a parent's death comes when the
+    thread that started this process ends, which may be long before the parent does.)
+    """
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(connection, 0)  # reports the end alone
+        # Another process that the parent forked may hold its end open.
+        while not poll.poll(1000) and os.getppid() == parent:
+            pass
         os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
 def worker_main(handle: int, parent: int) -> None:
     """What a worker process runs: answer requests until the parent closes the connection."""
-    end_with_parent(parent)
+    end_with_parent(handle, parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     connection = Connection(handle)
     try:
@@ -383,7 +417,7 @@ class WorkerSampler:
                     )
                     process = subprocess.Popen(
                         [sys.executable, "-c", code],
-                        pass_fds=[theirs.fileno()],
+                        pass_fds=[theirs.fileno(), *([] if self._shared.handle is None else [self._shared.handle])],
                         env=environment,
                         stdin=subprocess.DEVNULL,
                     )
