@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError, Interrupted
 from tutelage.methods.config import load_config
 from tutelage.methods.control_arm import ARM, NAME, run_job
 from tutelage.methods.job import config_of
-from tutelage.methods.keeping import kept_counts
+from tutelage.methods.keeping import kept_counts, taken_back
 from tutelage.train.stop import StopRequest
 
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def test_the_control_arm_keeps_as_many_of_each_prompt_and_is_compared(tmp_path: 
     result = run(matched(tmp_path, tiny_folder))
     root = tmp_path / "run"
     first, arm = (kept_counts(f / "trajectories") for f in (root, root / ARM))
-    assert first == arm and {r for _, r, _ in first} == {0, 1} and max(first.values()) == 1
+    assert first == arm and {r for _, r, _, _ in first} == {0, 1} and max(first.values()) == 1
     by_verdict = [t.verdict.is_accepted for t in TrajectoryStore(root / ARM / "trajectories") if t.weight]
     assert not all(by_verdict)  # drawn by lot, whatever the verdict
     assert all(t.verdict.is_accepted for t in TrajectoryStore(root / "trajectories") if t.weight)
@@ -48,6 +48,29 @@ def test_the_control_arm_keeps_as_many_of_each_prompt_and_is_compared(tmp_path: 
     assert json.loads((root / "result.json").read_text())["match_budget"]["control_kept"] == matched_["kept"]
     events = [json.loads(x) for x in (root / ARM / "events.jsonl").read_text().splitlines()]
     assert not any(e["event"] == "verdict" for e in events)  # nothing stops it or takes its rounds back
+
+
+def test_a_prompt_that_comes_twice_in_a_round_has_a_budget_each_time(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = matched(tmp_path, tiny_folder, rounds=3)
+    settings["keep"]["cap"] = 2
+    settings["rollout"]["prompts_per_round"] = 7  # of 9: from the second round on, some come twice
+    result = run(settings)["match_budget"]
+    first, arm = (kept_counts(tmp_path / "run" / f / "trajectories") for f in ("", ARM))
+    assert result["kept"] == result["control_kept"] and first == arm
+    twice = {key[:3] for key in first if key[3] == 1}
+    assert any(first[(*key, 0)] != first[(*key, 1)] for key in twice)
+
+
+def test_the_arm_keeps_nothing_in_rounds_that_the_run_took_back(tmp_path: Path, tiny_folder: Path) -> None:
+    """A far too high learning rate: the gate acts."""
+    settings = matched(tmp_path, tiny_folder, gate=True, probe={"questions": 3, "n": 64}, rounds=4)
+    settings["keep"]["cap"] = None
+    settings["train"] |= {"lr": 0.3, "epochs": 2}
+    result = run(settings)["match_budget"]
+    gone = taken_back(tmp_path / "run")
+    assert gone and len(result["kept"]) == len(result["control_kept"])
+    assert result["kept"] == result["control_kept"]
+    assert {(0, r) for r, kept in enumerate(result["kept"]) if kept == 0} == gone
 
 
 @pytest.mark.parametrize("stop_at", [70])

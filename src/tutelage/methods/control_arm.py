@@ -1,7 +1,8 @@
 """`match_budget: random`: the same run again on as many random completions, so that the gain of choosing is seen.
 
 The control arm has the same seed, prompts and stages. Where the run kept c samples of a prompt in a round, the arm
-keeps c of its own of that prompt in that round, drawn by lot whatever the verifier said of them. The run's gain minus
+keeps c of its own of that prompt in that round, drawn by lot whatever the verifier said of them; none in a round that
+the run took back. The run's gain minus
 the arm's is due to choosing: format, length and mere training on one's own samples are in both.
 """
 
@@ -15,6 +16,7 @@ from tutelage.errors import ConfigError
 from tutelage.evals import EvalResult, compare, compare_controls
 from tutelage.methods.config import RunConfig
 from tutelage.methods.job import CONFIG, Job
+from tutelage.methods.keeping import taken_back
 from tutelage.train.run_directory import write_atomically
 
 ARM = "control-random"
@@ -94,9 +96,10 @@ def _with_control(
         raise ConfigError("match_budget=random found no held-out question to compare on: set tasks.heldout")
     trained, random = (_evaluation(folder) for folder in (root, arm_root))
     result["controls"] = {**result["controls"], **compare_controls(trained, {NAME: (random, "pass@1")})}
+    gone = taken_back(root)
     result["match_budget"] = {
         "run_dir": str(arm_root),
-        "kept": [r.get("data/num_kept") for r in result["rounds"]],
+        "kept": [0.0 if (r["stage"], r["round"]) in gone else r.get("data/num_kept") for r in result["rounds"]],
         "control_kept": [r.get("data/num_kept") for r in control["rounds"]],
         "control": control["after"],
         "control_gain": control["gain"],

@@ -1,5 +1,6 @@
 """Keep rules from settings, and the control arm's budget: how many of each prompt another run kept."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -60,43 +61,75 @@ def accepted_of(source: Source, settings: KeepSettings, bench: "Workbench", *, k
 
 
 def budget_of(settings: KeepSettings, bench: "Workbench") -> Callable[[DrawContext, Group], int] | None:
-    """What `keep.random_budget` counts, where it names a run.
+    """What `keep.random_budget` counts, where it names a run: nothing in rounds that the run took back.
 
     Raises:
         ConfigError: the folder holds no run that kept anything.
     """
     if isinstance(settings.random_budget, bool):
         return None
-    folder = bench.path(settings.random_budget) / "trajectories"
+    run = bench.path(settings.random_budget)
+    folder = run / "trajectories"
     if not is_store(folder):
         raise ConfigError(f"keep.random_budget={settings.random_budget!r}: {folder} holds no trajectories of a run")
-    counts: dict[tuple[int, int, str], int] = {}
+    counts: dict[tuple[int, int, str, int], int] = {}
+    drawn = _Turns()
 
     def budget(ctx: DrawContext, group: Group) -> int:
         if not counts:
-            counts.update(kept_counts(folder))
-        return counts.get((ctx.stage, ctx.round, group.task.hash), 0)
+            gone = taken_back(run)
+            counts.update({key: n for key, n in kept_counts(folder).items() if key[:2] not in gone})
+        if not group.trajectories:
+            return 0
+        place = (ctx.stage, ctx.round, group.task.hash)
+        return counts.get((*place, drawn.turn(place, group.trajectories[0].prompt_index)), 0)
 
     return budget
 
 
-def kept_counts(folder: Path) -> Counter[tuple[int, int, str]]:
-    """(stage, round, prompt) -> judged samples that a run kept, from its trajectories. What was replayed from
-    earlier rounds, and what nobody judged (gold solutions), is not counted.
+class _Turns:
+    """Where a prompt comes more than once in a round: which time it is."""
 
-    Memory: one entry a prompt of each round.
+    def __init__(self) -> None:
+        self.seen: dict[tuple[int, int, str], list[int]] = {}
+
+    def turn(self, place: tuple[int, int, str], prompt_index: int) -> int:
+        """How many others of (stage, round, prompt) came first, asked for in the order of the draw."""
+        indices = self.seen.setdefault(place, [])
+        if prompt_index not in indices:
+            indices.append(prompt_index)
+        return indices.index(prompt_index)
+
+
+def kept_counts(folder: Path) -> Counter[tuple[int, int, str, int]]:
+    """(stage, round, prompt, its turn in the round) -> judged samples that a run kept, from its trajectories. What was
+    replayed from earlier rounds, and what nobody judged (gold solutions), is not counted.
+
+    Memory: two entries a prompt of each round.
     """
     store = TrajectoryStore(folder)
     places = [_place(shard.name) for shard in store.shards for _ in range(shard.rows)]
-    found: Counter[tuple[int, int, str]] = Counter()
+    found: Counter[tuple[int, int, str, int]] = Counter()
+    drawn = _Turns()
     row = 0
-    for batch in store.scan(["task_hash", "weight", "verdict_status", "marks"]):
-        columns = (batch.column(i).to_pylist() for i in range(4))
-        for task, weight, status, marks in zip(*columns, strict=True):
-            if weight and status is not None and REPLAYED not in marks:
-                found[(*places[row], task)] += 1
+    for batch in store.scan(["task_hash", "prompt_index", "weight", "verdict_status", "marks"]):
+        columns = (batch.column(i).to_pylist() for i in range(5))
+        for task, index, weight, status, marks in zip(*columns, strict=True):
+            if status is not None and REPLAYED not in marks:
+                place = (*places[row], task)
+                turn = drawn.turn(place, index)
+                if weight:
+                    found[(*place, turn)] += 1
             row += 1
     return found
+
+
+def taken_back(run: Path) -> set[tuple[int, int]]:
+    """(stage, round) of what the regression gate took back, from a run's events."""
+    path = run / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    reverts = [e for e in map(json.loads, lines) if e["event"] == "revert"]
+    return {(e["stage"], e["round"]) for e in reverts}
 
 
 def _place(shard: str) -> tuple[int, int]:

@@ -484,7 +484,8 @@ class Session:
                 f"{self.run.checkpoints}"
             )
         self._reverts += 1
-        self.run.log_event("revert", {"round": self.cursor.round, "to": found[-1].name if found else "base"})
+        place = {"stage": self.cursor.stage, "round": self.cursor.round}
+        self.run.log_event("revert", {**place, "to": found[-1].name if found else "base"})
 
     def skip(self) -> None:
         """Go on to the next stage."""
