@@ -19,6 +19,15 @@ def test_one_objective_to_the_bit():
     assert one_objective.CLAIM.judge([numbers] * 4).verdict == HOLDS
 
 
+@pytest.mark.parametrize("form", ["full_kl", "sampled_kl"])
+def test_each_form_of_distillation_must_reach_the_score(form: str):
+    """A form that never arrived spent all its steps: its ratio alone says nothing."""
+    claim = load("distillation_compute")
+    reached = {"rl_over_full_kl": 2.0, "rl_over_sampled_kl": 2.0, "full_kl_reached": 1.0, "sampled_kl_reached": 1.0}
+    assert claim.judge([reached] * 4).verdict == HOLDS
+    assert claim.judge([reached | {f"{form}_reached": 0.0}] * 4).verdict != HOLDS
+
+
 def test_imports_of_a_method_are_seen(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "loop.py").write_text(

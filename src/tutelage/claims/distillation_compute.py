@@ -129,6 +129,9 @@ CLAIM = Claim(
         Prediction(name="rl_over_full_kl", what="compute of RL over that of full reverse KL", above=1.0),
         Prediction(name="rl_over_sampled_kl", what="compute of RL over that of sampled reverse KL", above=1.0),
         Prediction(name="full_kl_reached", what="share of seeds where full reverse KL reached the score", above=0.99),
+        Prediction(
+            name="sampled_kl_reached", what="share of seeds where sampled reverse KL reached the score", above=0.99
+        ),
     ),
     minutes=4.0,
 )
