@@ -250,13 +250,15 @@ class Session:
             raise self._cut_short(stage, error) from error
         self.trainer.policy.use_plain_attention()
         if self.cursor.step == 0:
-            self.num_tokens["sampled"] += sum(t.num_sampled for t in draw if draw.is_fresh(t))
+            compared = _Comparable(self._version)
+            for t in (t for t in draw if draw.is_fresh(t)):
+                self.num_tokens["sampled"] += t.num_sampled
+                compared.add(t)
             if self.ledger is not None:
                 self.ledger.drawn(draw)
             fields = {"stage": self.cursor.stage, "round": self.cursor.round, "trajectories": len(draw), **draw.stats}
             self.run.log_event("draw", fields)
-            if draw.is_on_policy and stage.draw_from == "current":
-                self._check_logprob_gap(draw)
+            self._check_logprob_gap(compared)
         self.times_s["draw"] += time.perf_counter() - started
         # Sampled by other weights than those that are trained: on-policy data perhaps, but no on-policy update.
         is_same = stage.draw_from == "current" and stage.start_from == "previous"
@@ -276,28 +278,36 @@ class Session:
         self.run.log_event("cut_short", {"round": self.cursor.round, "why": str(error)})
         return Interrupted(f"{error} The state is saved: what was sampled so far is kept, and `resume` goes on.")
 
-    def _check_logprob_gap(self, draw: Draw) -> None:
-        """The sampler's log-probabilities against the trainer's own on the same tokens."""
-        known = [t for t in draw if t.num_targets and t.behaviour_logprobs is not None and not _is_greedy(t)][:32]
+    def _check_logprob_gap(self, compared: "_Comparable") -> None:
+        """The sampler's log-probabilities against the trainer's own on the same tokens, whatever the stage is."""
+        known = compared.picked()
         if not known:
+            if compared.reasons:
+                fields = {"stage": self.cursor.stage, "round": self.cursor.round, "skipped": compared.reasons}
+                self.run.log_event("sampler_gap", fields)
             return
-        gaps = []
+        found = []
         for t, scores in zip(known, self.trainer.score(known), strict=True):
             behaviour = [lp for lp, hit in zip(t.behaviour_logprobs or (), t.is_target, strict=True) if hit]
-            gaps.append(np.abs(np.asarray(scores) - np.asarray(behaviour)))
-        gap = np.concatenate(gaps)
+            found.append(np.abs(np.asarray(scores) - np.asarray(behaviour)))
+        all_gaps = np.concatenate(found)
+        gap = all_gaps[np.isfinite(all_gaps)]
+        outside = 1 - gap.size / all_gaps.size  # a token at the edge of top_p may be just outside the trainer's
         fields = {
             "round": self.cursor.round,
             "mean_abs_logprob_gap_nats": float(gap.mean()),
             "max_abs_logprob_gap_nats": float(gap.max()),
             "frac_ratios_outside_0.9_1.1": float((gap > 0.1).mean()),
-            "num_tokens": int(gap.size),
+            "frac_outside_top_p": outside,
+            "num_tokens": int(all_gaps.size),
+            "num_trajectories": len(known),
         }
         self.run.log_event("sampler_gap", fields)
-        if self.max_logprob_gap is not None and not gap.mean() <= self.max_logprob_gap:
+        if self.max_logprob_gap is not None and not (gap.mean() <= self.max_logprob_gap and outside <= _MOST_OUTSIDE):
             raise NumericsError(
                 f"sampler and trainer must agree on the tokens just sampled: their log-probabilities differ by "
-                f"{gap.mean():.3g} nats on average over {gap.size} tokens (allowed {self.max_logprob_gap:g}). "
+                f"{gap.mean():.3g} nats on average over {gap.size} tokens (allowed {self.max_logprob_gap:g}), and "
+                f"{outside:.0%} of the tokens are outside the trainer's top-p (allowed {_MOST_OUTSIDE:.0%}). "
                 "The sampler has other weights or another template than the trainer, or its precision is too low."
             )
 
@@ -623,6 +633,47 @@ def _may_go_back(stage: "Stage") -> bool:
     return any(getattr(m, "saves_rounds", True) for m in stage.monitors)
 
 
-def _is_greedy(trajectory: Trajectory) -> bool:
-    """Greedy tokens carry the unshaped distribution's log-probabilities; they say nothing of a sampling gap."""
-    return any(s.sampling is not None and s.sampling.is_greedy for s in trajectory.spans)
+_MOST_COMPARED = 32
+"""Trajectories of a round whose log-probabilities are computed again."""
+_MOST_OUTSIDE = 0.1
+"""Largest share of sampled tokens that the trainer's top-p may exclude."""
+
+
+class _Comparable:
+    """Of a round's trajectories, an even pick of those that the current weights sampled with known log-probabilities.
+
+    One pass, in the memory of a few trajectories: where twice the number is reached, every other one is dropped, and
+    from then on half as many are taken.
+    """
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.reasons: dict[str, int] = {}
+        """Why trajectories cannot be compared, and how many."""
+        self._taken: list[Trajectory] = []
+        self._stride, self._count = 1, 0
+
+    def add(self, trajectory: Trajectory) -> None:
+        spans = [s for s in trajectory.spans if s.is_trainable]
+        why = None
+        if not spans or not trajectory.num_targets:
+            why = "nothing in it to train on"
+        elif any(s.policy_version != self.version for s in spans):
+            why = "not sampled by the weights that are trained, as they are now"
+        elif trajectory.behaviour_logprobs is None:
+            why = "no log-probabilities as sampled"
+        if why is not None:
+            self.reasons[why] = self.reasons.get(why, 0) + 1
+            return
+        if self._count % self._stride == 0:
+            self._taken.append(trajectory)
+        self._count += 1
+        if len(self._taken) == 2 * _MOST_COMPARED:
+            self._taken, self._stride = self._taken[::2], 2 * self._stride
+
+    def picked(self) -> list[Trajectory]:
+        """At most `_MOST_COMPARED`, evenly over those added."""
+        if len(self._taken) <= _MOST_COMPARED:
+            return self._taken
+        at = np.linspace(0, len(self._taken) - 1, _MOST_COMPARED).round().astype(int)
+        return [self._taken[i] for i in at]
