@@ -1,5 +1,6 @@
 """A data stage through the disk gives the run that one in memory gives, and holds one chunk."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def test_a_streamed_stage_trains_the_same_weights_as_one_in_memory(
         assert marked[0] == marked[1] and bool(marked[0]) == bool(filters)
         counts = [d.get(f"data/num_left_out/{rule}{end}", 0) for d, end in zip(drawn, ("", "/sampled"), strict=True)]
         assert counts == [len(marked[0])] * 2
+    recorded = [{t.id for t in TrajectoryStore(r / "trajectories") if "recorded" in t.marks} for r in (disk, memory)]
+    assert recorded[0] == recorded[1] and len(recorded[0]) == 10
+    num_sampled = drawn[0]["data/num_sampled_tokens"]
+    assert drawn[0]["data/mean_sampled_tokens"] == num_sampled / (drawn[0]["trajectories"] - 10)
+    counts = [json.loads((r / "result.json").read_text())["counts"]["tokens_sampled"] for r in (disk, memory)]
+    assert counts == [num_sampled, num_sampled]
     assert drawn[0]["data/num_kept"] + 10 == len(kept[0]) and drawn[0]["trajectories"] == drawn[1]["trajectories"]
     assert (disk / "model").exists() and not list((disk / "work").glob("*/tokens"))  # cleared with its round
 

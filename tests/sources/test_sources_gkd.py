@@ -214,3 +214,8 @@ def test_a_replayed_round_costs_no_sampling():
     for r in range(3):
         ledger.drawn(source.draw(context(r)))
     assert ledger.summary()["tokens"]["sampling"] == 3 * 4
+
+
+def test_a_draw_says_how_long_its_answers_are():
+    stats = Drawn([g.task for g in groups()], n=3).draw(context()).stats
+    assert stats["data/mean_sampled_tokens"] == stats["data/num_sampled_tokens"] / (3 * NUM) == 1.0

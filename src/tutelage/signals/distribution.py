@@ -56,7 +56,7 @@ class TeacherDistribution:
         view: what the teacher reads in place of each trajectory (`HintedPrompt`); None: the trajectory itself.
         allow_shape_gap: let a given temperature differ from the one that the student's tokens were sampled at for this
             draw (all of it, or its share of a mixed one), and let them be greedy.
-        overlap_k: entries compared for the overlap metric; 0 leaves it out.
+        overlap_k: entries compared for the overlap metric, at most what a cache or a server gives; 0 leaves it out.
 
     Raises:
         ConfigError: a pair of divergence and estimator whose gradient is another one's, or a number out of range.
@@ -97,7 +97,8 @@ class TeacherDistribution:
         self.parameters = {"jsd": {"beta": beta, "normalised": normalised}}.get(
             divergence, {"alpha": skew} if divergence.startswith("skew") else {}
         )
-        self.health = Health(self.router.names, overlap_k=overlap_k)
+        known = [t.k for t in self.router.teachers if t.form == "top_k" and getattr(t, "k", None)]
+        self.health = Health(self.router.names, overlap_k=min(overlap_k, *known) if known else overlap_k)
         self.loss: Callable[..., Any] = DivergenceLoss(self)
 
     @property
@@ -128,7 +129,7 @@ class TeacherDistribution:
         return Targets(rows=out, divisor=self.divisor, stats={"data/num_rows": float(len(out))})
 
     def annotate(self, batch: Any) -> Mapping[str, Any]:
-        self.health.begin_microbatch()
+        self.health.begin_microbatch(batch.num_targets)
         if self.is_live:
             return {"teacher_hidden_CE": self.router.hidden(batch)}
         if "teacher_ids_CK" in batch.columns:
@@ -314,6 +315,7 @@ class DivergenceLoss:
         # Shortened numbers need not add up to 1; an offset would shift the tail.
         total_C = torch.logaddexp(logprobs_CK.logsumexp(-1), tail_C)
         logprobs_CK, tail_C = logprobs_CK - total_C.unsqueeze(-1), tail_C - total_C
+        s.health.compare_top_k(student_CV, ids_CK, logprobs_CK)
         return self._bucketed(student_CV, ids_CK, logprobs_CK, tail_C), temperature**2
 
     def _bucketed(self, student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, tail_C: Tensor) -> Tensor:

@@ -172,9 +172,12 @@ class SampledLogRatio:
         else:
             cost_C = old_C - teacher_C + targets_C.get("future_C", torch.zeros_like(teacher_C))
             loss_C = clipped_ratio_loss(student_C, old_C, -cost_C, clip_low=self.clip[0], clip_high=self.clip[1])
-        if self.sampler_cap is None:
-            return loss_C
-        return loss_C * sampler_weight(old_C, targets_C["behaviour_logprobs_C"], cap=self.sampler_cap)
+        weight_C = torch.ones_like(old_C)
+        if self.sampler_cap is not None:
+            weight_C = sampler_weight(old_C, targets_C["behaviour_logprobs_C"], cap=self.sampler_cap)
+        used_C = weight_C * (targets_C["weight_C"] != 0) if "weight_C" in targets_C else weight_C
+        self.health.share(teacher_C - student_C, used_C)
+        return loss_C * weight_C
 
     def after_step(self, policy: Any) -> None:
         self.router.after_step(policy)

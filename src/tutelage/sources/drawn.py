@@ -198,6 +198,7 @@ def _stats(groups: Sequence[Group], seconds: float) -> dict[str, float]:
     out = {
         "data/num_prompts": len(groups),
         "data/num_sampled_tokens": tokens,
+        "data/mean_sampled_tokens": tokens / max(1, len(everything)),
         "data/frac_truncated": sum(t.is_truncated for t in everything) / max(1, len(everything)),
         "time/sample_s": seconds,
     }

@@ -13,7 +13,8 @@ from tutelage.data.store import TrajectoryStore
 from tutelage.data.token_file import TokenFile, rows_of_store, rows_of_trajectories, write_token_file
 from tutelage.sources.drawn import Drawn
 from tutelage.sources.judged import Judged
-from tutelage.types import Draw, DrawContext, Group, Task, Trajectory, Verifier
+from tutelage.sources.recorded import marked
+from tutelage.types import RECORDED, Draw, DrawContext, Group, Task, Trajectory, Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ class Streamed:
         other: Sequence[Group] = (),
         finish: Callable[[Group], Sequence[Trajectory]] | None = None,
     ) -> None:
-        self.drawn, self.rules, self.other, self.finish = drawn, rules, tuple(other), finish
+        self.drawn, self.rules, self.finish = drawn, rules, finish
+        self.other = tuple(marked(g, RECORDED) for g in other)
         self.judged = Judged(drawn, verifier)
 
     @property
@@ -151,14 +153,16 @@ class Streamed:
 
 def _stats(store: TrajectoryStore, selection: Selection, num_prompts: int) -> dict[str, float]:
     """Counts, from two columns of the store."""
-    sampled = accepted = 0
+    sampled = accepted = rows = 0
     for batch in store.scan(["num_sampled", "verdict_status"], batch_rows=4096):
+        rows += batch.num_rows
         sampled += int(np.asarray(batch.column(0)).sum())
         accepted += sum(s == "accept" for s in batch.column(1).to_pylist())
     left_out = {f"data/num_left_out/{rule}": float(n) for rule, n in selection.left_out.items()}
     return {
         "data/num_prompts": float(num_prompts),
         "data/num_sampled_tokens": float(sampled),
+        "data/mean_sampled_tokens": sampled / max(1, rows),
         "data/num_accepted": float(accepted),
         "data/num_kept": float(selection.num_kept),
         **left_out,
