@@ -79,7 +79,8 @@ class Ours:
         from tutelage.types import Draw
 
         self.seed = seed
-        train = {"lr": lr, "batch_size": batch, "schedule": "constant", "warmup": 0.0, "max_tokens": max_tokens}
+        train = {"lr": lr, "batch_size": batch, "epochs": 1, "schedule": "constant", "warmup": 0.0}
+        train |= {"max_tokens": max_tokens}
         body = {
             "method": "sft",
             "seed": seed,
