@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 from tutelage.data.files import DiskError
 from tutelage.data.store import TrajectoryStore
-from tutelage.errors import CheckpointError, ConfigError, DataError, Interrupted
+from tutelage.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericsError
 from tutelage.methods.config import load_config
 from tutelage.methods.job import Job, config_of
+from tutelage.policies import packed_attention
 from tutelage.train.stop import Quiet, StopRequest
 
 torch.set_num_threads(1)
@@ -298,6 +300,29 @@ def test_restarting_from_base_trains_each_round_from_the_first_weights(tmp_path:
     assert losses["base"][:4] == losses["previous"][:4]
     assert losses["base"][4] == losses["still"][4]  # the untrained model's loss on the second round's data
     assert abs(losses["previous"][4] - losses["still"][4]) > 0.005
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["right", "wrong"])
+def test_a_long_document_is_checked_at_the_start_of_a_run(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, planted: bool
+) -> None:
+    """What goes wrong in long documents only is found before anything is trained."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 1024}
+    (model / "config.json").write_text(json.dumps(config))
+    right = packed_attention._one_document
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any) -> torch.Tensor:
+        return right(q, k.flip(2) if k.shape[2] > 512 else k, v, *more)
+
+    if planted:
+        monkeypatch.setattr(packed_attention, "_one_document", wrong)
+    settings = demonstrations(tmp_path, model, train={"epochs": 1, "batch_size": 4})
+    with pytest.raises(NumericsError, match="in the packed layout they differ") if planted else nullcontext():
+        job(settings)()
+    if not planted:
+        events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+        assert [e["longest_tokens"] for e in events if e["event"] == "check_forward"] == [520]
 
 
 # -- bad input ----------------------------------------------------------------------------------

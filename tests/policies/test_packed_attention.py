@@ -126,3 +126,45 @@ def test_the_check_at_the_start_of_a_run_sees_documents_that_see_each_other(
     leaking = dataclasses.replace(packed, cu_seqlens=packed.cu_seqlens[[0, -1]])
     with pytest.raises(NumericsError, match=r"in the packed layout they differ by .* standard deviations.*padded"):
         check_forward(policy, {**batches, "packed": leaking}, tolerance=tolerance)
+
+
+def qwen(**more: object) -> Policy:
+    """Of a family whose attention has no form of ours: it goes through `packed_attention`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=258, pad_token_id=256, initializer_range=0.2, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Policy(Qwen3ForCausalLM(config).bfloat16())
+
+
+def test_the_check_at_the_start_of_a_run_attends_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tutelage.data.collate import collate
+    from tutelage.errors import NumericsError
+    from tutelage.methods.job import TOLERANCE, _probe_row
+    from tutelage.policies.policy import check_forward
+    from tutelage.testing.tiny import tiny_tokenizer
+    from tutelage.text import ChatText
+
+    text = ChatText(tiny_tokenizer())
+    rows = [_probe_row(text, i) for i in range(3)]
+    batches = {"plain": collate(rows, layout="padded"), "packed": collate(rows, layout="packed")}
+    policy = qwen()
+    assert check_forward(policy, batches, tolerance=TOLERANCE["bfloat16"]) < TOLERANCE["bfloat16"]
+    right = packed_attention._by_products
+    monkeypatch.setattr(packed_attention, "_by_products", lambda q, k, v, *more: right(q, k.flip(2), v, *more))
+    with pytest.raises(NumericsError, match="in the packed layout they differ"):
+        check_forward(policy, batches, tolerance=TOLERANCE["bfloat16"])
+
+
+def test_a_document_is_long_enough_to_tell_where_it_exceeds_what_short_ones_show() -> None:
+    assert packed_attention.telling_length(qwen(max_position_embeddings=4096).causal_model.config) == 520
+    assert packed_attention.telling_length(qwen(max_position_embeddings=512).causal_model.config) is None
+    window = {"use_sliding_window": True, "max_window_layers": 0}
+    for size, length in ((600, 608), (100, 520), (4096, 520)):
+        config = qwen(max_position_embeddings=8192, sliding_window=size, **window).causal_model.config
+        assert packed_attention.telling_length(config) == length
+    small = qwen(max_position_embeddings=256, sliding_window=100, **window).causal_model.config
+    assert packed_attention.telling_length(small) == 256

@@ -25,6 +25,7 @@ from tutelage.methods.handover import export_handover, plan_of, rl_settings
 from tutelage.methods.probing import by_hash, probe_tasks
 from tutelage.methods.workbench import Confirm, Workbench, with_examples
 from tutelage.policies import smollm2
+from tutelage.policies.packed_attention import telling_length
 from tutelage.policies.policy import check_forward
 from tutelage.signals.routing import ANY
 from tutelage.train.distributed import Processes
@@ -35,6 +36,7 @@ from tutelage.train.stop import Quiet, StoppableProgress, StopRequest
 from tutelage.types import (
     Progress,
     SamplingParams,
+    Span,
     TargetRow,
     Task,
     Trajectory,
@@ -46,6 +48,8 @@ Result = TypeVar("Result")
 CONFIG = "config.yaml"
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 0.15}
 """Largest difference between training's logits and the model's own: root mean square, in standard deviations."""
+_LONG_TARGETS = 8
+"""Targets of the long row that is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +232,20 @@ class Job:
         batches = {"plain": collate(rows, layout="padded", dtype=dtype).to(self.bench.device)}
         if any(s.trainer.layout == "packed" for s in stages):
             batches["packed"] = collate(rows, layout="packed", dtype=dtype).to(self.bench.device)
-        gap = check_forward(self.bench.policy, batches, tolerance=TOLERANCE[self.bench.precision])
-        self.run.log_event("check_forward", {"rms_difference_in_std": gap, "layouts": sorted(batches)})
+        policy, tolerance = self.bench.policy, TOLERANCE[self.bench.precision]
+        gap = check_forward(policy, batches, tolerance=tolerance)
+        fields = {"rms_difference_in_std": gap, "layouts": sorted(batches), "longest_tokens": _longest(rows)}
+        length = telling_length(policy.causal_model.config)
+        if "packed" in batches and length is not None:  # attended to as short ones are not
+            long = [_long_probe_row(self.bench.text, length)]
+            batches = {
+                "plain": collate(long, layout="padded", dtype=dtype).to(self.bench.device),
+                "packed": collate(long, layout="packed", dtype=dtype).to(self.bench.device),
+            }
+            of_long = check_forward(policy, batches, tolerance=tolerance, layouts=["packed"])
+            fields["rms_difference_in_std"] = max(gap, of_long)
+            fields["longest_tokens"] = _longest(long)
+        self.run.log_event("check_forward", fields)
         if dropout := self.bench.policy.dropout:
             self.bench.notes.append(
                 f"dropout of up to {dropout:g} in training: its masks are the same on resume and for any number of "
@@ -475,6 +491,27 @@ def config_of(run_dir: Path) -> tuple[RunConfig, Path]:
     body["run_dir"] = str(run_dir)
     config, _ = load_config(body)
     return config, Path(resolved.get("config_folder", "."))
+
+
+def _longest(rows: Sequence[TargetRow]) -> int:
+    return max(r.trajectory.num_tokens for r in rows)
+
+
+def _long_probe_row(text: Any, length: int) -> TargetRow:
+    """A row of so many tokens of which the last few are targets: the output layer sees no more."""
+    ids: list[int] = []
+    num_words = length
+    while len(ids) < length:
+        row = _probe_row(text, num_words // 5)
+        ids, num_words = list(row.trajectory.token_ids), 2 * num_words
+    prompt, answer = tuple(ids[: length - _LONG_TARGETS]), tuple(ids[length - _LONG_TARGETS : length])
+    spans = (
+        Span(token_ids=prompt, role="user", author="user"),
+        Span(token_ids=answer, role="assistant", author="human", is_sampled=True, is_trainable=True),
+    )
+    trajectory = Trajectory(id="long probe", task_id="probe", task_hash="", spans=spans)
+    count = trajectory.num_targets
+    return TargetRow(trajectory=trajectory, columns={"weight_C": np.ones(count)}, count=float(count))
 
 
 def _probe_row(text: Any, index: int) -> TargetRow:

@@ -24,6 +24,9 @@ PRODUCTS = 512
 """On a CPU in bfloat16, documents up to this many tokens are trained on through plain matrix products, which run on its
 matrix units: 2 to 3 times as fast as the fused kernel, whose backward does not use them."""
 
+_LONGEST_WINDOW = 1024
+"""A sliding window up to this long is reached at the start of a run."""
+
 Way = Literal["together", "products", "kernel"]
 
 
@@ -84,6 +87,17 @@ def choose_way(query_BHTE: Tensor, lengths: Sequence[int]) -> Way:
         return "together" if len(lengths) > 1 and max(lengths) <= TOGETHER else "kernel"
     is_trained = torch.is_grad_enabled() and query_BHTE.requires_grad
     return "products" if is_trained and query_BHTE.dtype == torch.bfloat16 else "kernel"
+
+
+def telling_length(config: Any) -> int | None:
+    """Tokens of a document that is attended to otherwise than short ones are, for a check; None if there is none.
+
+    It is beyond `PRODUCTS`, and beyond the model's sliding window unless that is very long.
+    """
+    window = getattr(config, "sliding_window", None) or 0
+    length = max(PRODUCTS, window if window <= _LONGEST_WINDOW else 0) + 8
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    return length if length > PRODUCTS or 0 < window < length else None
 
 
 def window_is_wide(window: int | None, longest: int) -> bool:

@@ -7,7 +7,7 @@ Dimension letters:  B rows   T positions   N targets of the microbatch   D hidde
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -200,14 +200,18 @@ def _is_pure_attention(config: Any) -> bool:
 
 
 @torch.no_grad()
-def check_forward(policy: Policy, batches: Mapping[str, Batch], *, tolerance: float) -> float:
+def check_forward(
+    policy: Policy, batches: Mapping[str, Batch], *, tolerance: float, layouts: Collection[str] | None = None
+) -> float:
     """How far the logits used in training are from the model's own, at most over the given batches.
 
     Run once at the start of a run: it catches an architecture whose logits are made differently from what
-    `OutputLayer` assumes, and an attention that lets packed documents see each other.
+    `OutputLayer` assumes, and an attention that lets packed documents see each other. The forward pass is training's,
+    with gradients: without them attention takes another way.
 
     Args:
         batches: the same trajectories, in the layouts the run will use, plus "plain": one a row, right-padded.
+        layouts: those to compare with the model's own; None for all.
         tolerance: largest allowed difference (root mean square), as a share of the logits' standard deviation.
 
     Raises:
@@ -219,7 +223,10 @@ def check_forward(policy: Policy, batches: Mapping[str, Batch], *, tolerance: fl
     scale = expected.std().clamp_min(1e-6)
     worst = 0.0
     for name, batch in batches.items():
-        got = policy.target_logits(batch).float()
+        if layouts is not None and name not in layouts:
+            continue
+        with torch.enable_grad():
+            got = policy.target_logits(batch).detach().float()
         gap = float((got - expected).pow(2).mean().sqrt() / scale)
         worst = max(worst, gap)
         if not gap <= tolerance:
