@@ -247,7 +247,7 @@ class Optimizer:
 
 
 def learning_rate(base: float, progress: float, *, schedule: str, warmup: float, floor: float = 0.0) -> float:
-    """Learning rate after a share `progress` in (0, 1] of the stage's updates.
+    """Learning rate at a share `progress` in (0, 1] of the stage's updates; an update's is that of its middle.
 
     Rises linearly over the first `warmup` share, then: "constant"; "linear" falls to `floor` * base at 1; "cosine"
     falls to it as half a cosine.

@@ -84,7 +84,7 @@ class Trainer:
         plan = self.batches(targets.rows, settings, place)
         for index in range(done, len(plan)):
             started = time.perf_counter()
-            progress = (place.round + (index + 1) / len(plan)) / place.num_rounds
+            progress = (place.round + (index + 0.5) / len(plan)) / place.num_rounds  # no update at a rate of 0
             lr = learning_rate(settings.lr, progress, schedule=settings.schedule, warmup=settings.warmup)
             rows = [targets.rows[i] for i in plan[index]]
             key = (place.seed, place.stage, place.turn, index)
