@@ -274,6 +274,42 @@ def test_a_damaged_start_of_a_round_falls_back_into_the_round_before(tmp_path: P
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_is_resumed_with_its_threads_and_says_what_is_other_than_before(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    def stopped(run: str, **more: Any) -> Path:
+        stop = StopRequest()
+        torch.set_num_threads(2)
+        cut = job(demonstrations(tmp_path, tiny_folder, run, train={"epochs": 2, "batch_size": 4}, **more), stop=stop)
+        write = cut.run.log_metrics
+        cut.run.log_metrics = lambda r: (write(r), stop.request("test"))  # type: ignore[method-assign,assignment]
+        with pytest.raises(Interrupted):
+            cut()
+        torch.set_num_threads(1)  # as OMP_NUM_THREADS would
+        return tmp_path / run
+
+    def resumed(run: Path, **more: Any) -> tuple[int, dict[str, str]]:
+        config, folder = config_of(run)
+        again = Job(config, folder, is_resume=True, **more)
+        threads = torch.get_num_threads()
+        again()
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        (event,) = [e for e in events if e["event"] == "resumed"]
+        return threads, event["changed"]
+
+    try:
+        assert resumed(stopped("same")) == (2, {})
+        assert resumed(stopped("given", system={"threads": 1})) == (1, {})
+        run = stopped("moved")
+        text = (run / "config.yaml").read_text()
+        text = text.replace(f"torch: {torch.__version__}", "torch: 1.0").replace("processes: 1", "processes: 3")
+        (run / "config.yaml").write_text(text)
+        changed = {"torch": f"1.0 -> {torch.__version__}", "processes": "3 -> 1", "threads": "2 -> 1"}
+        assert resumed(run) == (1, changed)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_all_checkpoints_damaged_is_an_error_that_says_so(tmp_path: Path, tiny_folder: Path) -> None:
     settings = demonstrations(tmp_path, tiny_folder, "cut", saving={"every_steps": 3})
     stop = StopRequest()

@@ -107,8 +107,11 @@ class Job:
         self._check_folder()
         self.started = time.perf_counter()
         self.times_s: dict[str, float] = {}
-        if config.system.threads:
-            torch.set_num_threads(config.system.threads)
+        self.recorded = resolved_of(self.root) if is_resume else {}
+        """What was decided when the run was started."""
+        is_same_count = self.recorded.get("processes", self.processes.count) == self.processes.count
+        if threads := config.system.threads or (self.recorded.get("threads") if is_same_count else None):
+            torch.set_num_threads(threads)  # sums are added up in another order by another number of them
         self.run = RunDirectory(self.root, is_writer=self.processes.is_first)
         self.bench = Workbench(
             config,
@@ -156,7 +159,7 @@ class Job:
         session = self._session()
         resumed = session.resume() if self.is_resume else False
         if self.is_resume:
-            self.run.log_event("resumed", {"from_checkpoint": resumed, "step": session.cursor.total_steps})
+            self._log_resumed(resumed, session.cursor.total_steps)
         self._timed("plan", lambda: run_plan(stages, session))
         self._timed("save", self._save_final)
         if self.processes.is_first:
@@ -192,9 +195,14 @@ class Job:
     def _write_config(self, stages: Sequence[Stage]) -> None:
         if self.is_resume or not self.processes.is_first:
             return
+        facts = {**self._facts(), "config_folder": str(self.folder), "plan": describe(stages)}
+        write_atomically(self.root / CONFIG, dump_config(self.config, facts))
+
+    def _facts(self) -> dict[str, Any]:
+        """What the bits of a run depend on besides its settings."""
         import transformers
 
-        resolved = {
+        return {
             "tutelage": tutelage.__version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
@@ -203,10 +211,16 @@ class Job:
             "threads": torch.get_num_threads(),
             "processes": self.processes.count,
             "sharding": "full" if self.bench.student.is_sharded else "none",
-            "config_folder": str(self.folder),
-            "plan": describe(stages),
         }
-        write_atomically(self.root / CONFIG, dump_config(self.config, resolved))
+
+    def _log_resumed(self, from_checkpoint: bool, step: int) -> None:
+        """With what is other than when the run was started: the rest may then differ in the last bits, or in more."""
+        changed = {
+            name: f"{self.recorded[name]} -> {value}"
+            for name, value in self._facts().items()
+            if name in self.recorded and self.recorded[name] != value
+        }
+        self.run.log_event("resumed", {"from_checkpoint": from_checkpoint, "step": step, "changed": changed})
 
     def _session(self) -> Session:
         saving = self.config.saving
@@ -475,6 +489,11 @@ def _probes(config: RunConfig, bench: Workbench) -> list[list[Task]]:
     """The probe sets of all stages, RL after graduation included."""
     following = [rl_settings(s) for s in config.stages if getattr(s, "then", None) == "rl"]
     return [probe_tasks(bench, s) for s in (*config.stages, *following)]
+
+
+def resolved_of(run_dir: Path) -> dict[str, Any]:
+    """What was decided when the run was started: versions, threads, precision, processes."""
+    return dict(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")).get("resolved") or {})
 
 
 def config_of(run_dir: Path) -> tuple[RunConfig, Path]:

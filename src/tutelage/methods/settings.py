@@ -424,4 +424,5 @@ class SystemSettings(Settings):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     threads: Positive | None = None
-    """Threads of the processor; None is one per core. Part of what fixes a run to the bit."""
+    """Threads of the processor; None is one per core, and on resume as many as before. Part of what fixes a
+    run to the bit."""
