@@ -158,6 +158,46 @@ def test_transformer_step_does_not_depend_on_plumbing(kind: str, lora: bool) -> 
                 assert float(((a - b).abs() > 1e-5).float().mean()) < 0.01
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_in_float64_the_updated_weights_are_the_same_to_ten_digits(kind: str, lora: bool) -> None:
+    """Adam divides a gradient by its own size: here rounding noise is far below its epsilon, in float32 it is not."""
+
+    def policy() -> Policy:
+        model = tiny_model(layers=2, width=16, dtype=torch.float64)
+        return Policy(add_lora(model, r=2, alpha=4, dropout=0.0, target="all-linear", seed=3) if lora else model)
+
+    rows = draw(1, count=6, vocab=250, longest=30)
+    start = [p.detach().clone() for p in policy().parameters() if p.requires_grad]
+    first = one_step(policy(), rows=rows, kind=kind, max_tokens=10_000, layout="padded", lr=1e-3)
+    for max_tokens, layout in itertools.product([10, 40, 10_000], ["packed", "padded"]):
+        other = one_step(policy(), rows=rows, kind=kind, max_tokens=max_tokens, layout=layout, lr=1e-3)
+        assert_same((first[0], []), (other[0], []), 1e-10)
+        for before, a, b in zip(start, first[1], other[1], strict=True):
+            assert a.dtype == torch.float64
+            torch.testing.assert_close(b - before, a - before, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_transformers_step_does_not_depend_on_the_side_of_the_padding(dtype: torch.dtype) -> None:
+    rows = HardTargets().prepare(draw(1, count=6, vocab=250, longest=30), score_student=lambda ts: []).rows
+
+    def made(side: str) -> tuple[float, list[torch.Tensor]]:
+        policy = Policy(tiny_model(layers=2, width=16, dtype=dtype))
+        policy.requires_grad_(True)
+        batch = collate([r for r in rows if r.is_trained], layout="padded", side=side, pad_id=99, dtype=dtype)  # type: ignore[arg-type]
+        assert not batch.attention_mask_BT.all()
+        loss, _ = policy(batch, HardTargets().loss, divisor=37.0)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in policy.parameters()]
+
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    (left, left_gradients), (right, right_gradients) = made("left"), made("right")
+    assert left == pytest.approx(right, rel=tolerance)
+    for a, b in zip(left_gradients, right_gradients, strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm()) + 1e-12
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("work", ["step", "score", "teacher"])
 def test_padding_counts_against_the_budget_of_a_microbatch(
