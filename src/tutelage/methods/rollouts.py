@@ -113,7 +113,7 @@ class Rollouts:
     # -- the servers ---------------------------------------------------------------------------
 
     def _push(self, version: str) -> None:
-        """The first process gives the servers the weights; the others learn which they are."""
+        """The first process gives the servers the weights; the others learn which they are, and their name."""
         processes = self.student.processes
         said: dict[str, Any] = {}
         if self.student.is_sharded and self.student.config.model.lora:
@@ -126,7 +126,7 @@ class Rollouts:
                     sampler = self._served or self._connect(addresses(self.settings.url))
                     sampler.push_weights(self.student.serving_weights(), version)
                     self._served = sampler
-                    said = {"servers": [(s.url, str(s.pushed)) for s in sampler.servers]}
+                    said = {"version": version, "servers": [(s.url, str(s.pushed)) for s in sampler.servers]}
                 except SamplerError as error:
                     said = {"error": str(error)}
         said = processes.gather_dict({0: said} if processes.is_first else {})[0]
@@ -135,7 +135,7 @@ class Rollouts:
         if not processes.is_first:
             self._served = self._served or self._connect([url for url, _ in said["servers"]])
             for server, (_, folder) in zip(self._served.servers, said["servers"], strict=True):
-                server.adopt_weights(Path(folder), version)
+                server.adopt_weights(Path(folder), said["version"])
         self._served_changes = self.student.num_changes
 
     def _connect(self, urls: Sequence[str]) -> VLLMSampler:

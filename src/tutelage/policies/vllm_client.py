@@ -5,6 +5,7 @@ so the served model's `generation_config` shapes nothing.
 """
 
 import math
+import secrets
 import shutil
 import tempfile
 import time
@@ -192,7 +193,7 @@ class VLLMServer:
         folder = save_weights(state_dict, self._weights_dir)
         old, self._pushed, self.weights_version = self._pushed, folder, version
         try:
-            self._load()
+            self._load(version)
         finally:
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
@@ -206,35 +207,46 @@ class VLLMServer:
         """Another process pushed these weights: expect them, and push them again should the server lose them."""
         self._pushed, self.weights_version, self._is_ours = folder, version, False
 
+    def weights_name(self) -> str | None:
+        """What the server calls its weights now; None where it does not answer, or nothing was pushed.
+
+        A load after a loss has a name of its own (`again`), so that answers from before and after can be told apart
+        by every process that asks the server.
+        """
+        if self.weights_version is None:
+            return None
+        try:
+            name = self.client.get("/weight_info", timeout_s=30).get("weight_version")
+        except SamplerError:
+            return None
+        return None if name is None else str(name)
+
     def has_weights(self) -> bool:
         """Whether it still has the weights pushed last: a server restarted by others quietly has its first ones."""
         if self.weights_version is None:
             return True
-        try:
-            info = self.client.get("/weight_info", timeout_s=30)
-        except SamplerError:
-            return False
-        return bool(info.get("weight_version") == self.weights_version)
+        name = self.weights_name()
+        return name is not None and name.partition(AGAIN)[0] == self.weights_version
 
     def ensure_weights(self) -> None:
         """Push again what a restarted server has lost."""
         if not self.has_weights():
-            self._load()
+            self._load(f"{self.weights_version}{AGAIN}{secrets.token_hex(4)}")
 
-    def _load(self) -> None:
+    def _load(self, name: str | None) -> None:
         try:
             self.client.post("/pause?mode=wait", {})
         except Refused as e:
             raise SamplerError(f"{self.url} takes no weights: {_NO_ROUTES} ({e})") from e
         try:
-            self._load_paused()
+            self._load_paused(name)
         except BaseException:
             with suppress(SamplerError):
                 self.client.post("/resume", {})
             raise
         self.client.post("/resume", {})
 
-    def _load_paused(self) -> None:
+    def _load_paused(self, name: str | None) -> None:
         what = f"{self.url} could not load the weights {self.weights_version}"
         try:
             order = {"method": "tutelage_load", "args": [str(self._pushed)]}
@@ -252,7 +264,7 @@ class VLLMServer:
                     "adapters merged."
                 )
         self.client.post("/reset_prefix_cache", {})
-        self.client.post("/update_weight_version", {"new_version": self.weights_version})
+        self.client.post("/update_weight_version", {"new_version": name})
 
     # -- life
 
@@ -283,6 +295,10 @@ class VLLMServer:
         self._pushed = None
 
 
+AGAIN = "+again-"
+"""Between the name of pushed weights and what tells one load of them from another."""
+MOST_RELOADS = 8
+"""Times that other processes may load lost weights again while one asks for its answers."""
 _NO_ROUTES = (
     "start it with VLLM_SERVER_DEV_MODE=1, PYTHONPATH="
     f"{PLUGIN} and --worker-extension-cls tutelage_vllm_worker.Extension (`launch_server` does all three)."
@@ -346,9 +362,11 @@ class Fleet(Generic[R]):
         results: list[R | None] = [None] * len(items)
         failures: dict[int, int] = {}  # place of a server -> rounds in which it failed
         error: SamplerError | None = None
+        num_reloads = 0
         while pending := [i for i, r in enumerate(results) if r is None]:
-            self.num_second_tries += len(pending) if failures else 0
+            self.num_second_tries += len(pending) if failures or num_reloads else 0
             places = self._ready(failures, error)
+            names = {place: self.servers[place].weights_name() for place in places}
             jobs = [(i, places[place % len(places)]) for place, i in enumerate(pending)]
             failed: set[int] = set()
 
@@ -367,11 +385,17 @@ class Fleet(Generic[R]):
                 results[i] = result
             for place in places:
                 server = self.servers[place]
-                if not server.has_weights():
-                    error = error or Unreachable(f"{server.url} lost the weights {server.weights_version} meanwhile")
-                    failed.add(place)
+                if server.weights_version is None:
+                    continue
+                if (now := server.weights_name()) is None or now != names[place]:
                     for i, asked in jobs:
                         results[i] = None if asked == place else results[i]
+                    num_reloads += 1
+                    if num_reloads > MOST_RELOADS or not server.has_weights():
+                        error = error or Unreachable(
+                            f"{server.url} lost the weights {server.weights_version} meanwhile"
+                        )
+                        failed.add(place)  # else another process loaded them again: these answers may be from before
             for place in failed:
                 failures[place] = failures.get(place, 0) + 1
         return [r for r in results if r is not None]
