@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "graduation": {
         "until": "graduation",
         "then": "rl",
-        "rl": {"rounds": 1, "train": {"lr": 1e-3, "batch_size": 18}},
+        "rl": {"rounds": 1, "truncated": "keep", "train": {"lr": 1e-3, "batch_size": 18}},
         "gate": False,
         "rounds": 6,
         "train": {"lr": 1e-3, "batch_size": 3, "epochs": 1},
@@ -72,7 +72,14 @@ KINDS: dict[str, dict[str, Any]] = {
         },
         "saving": {"every_steps": 100, "keep": 2},
     },
-    "rl": {"method": "grpo", "kl_to_base": 0.1, "train": {"lr": 1e-3, "batch_size": 18}, "gate": True, "keep": None},
+    "rl": {
+        "method": "grpo",
+        "truncated": "keep",
+        "kl_to_base": 0.1,
+        "train": {"lr": 1e-3, "batch_size": 18},
+        "gate": True,
+        "keep": None,
+    },
 }
 """What differs from a run of rejection sampling. None: no such setting."""
 

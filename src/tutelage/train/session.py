@@ -352,9 +352,11 @@ class Session:
         for v in verdicts:
             reasons[v.reason] = reasons.get(v.reason, 0) + 1
         top = ", ".join(f"{n} x {r!r}" for r, n in sorted(reasons.items(), key=lambda kv: -kv[1])[:3])
+        cut = sum(t.is_truncated for t in draw)
         what = (
             f"stage {stage.name!r}, round {self.cursor.round}: nothing to train on. Of {len(draw)} trajectories "
             f"{sum(v.is_accepted for v in verdicts)} were accepted and {len(draw.kept())} kept"
+            + (f"; {cut} ran into their length limit (rollout.max_new_tokens)" if cut else "")
             + (f"; verdicts: {top}" if top else "")
         )
         is_hopeless = self.cursor.round == 0 and verdicts and not any(v.is_accepted for v in verdicts)
