@@ -29,7 +29,7 @@ def write_ladder(
     *,
     demonstrations: int = 2000,
     questions: int = 1024,
-    heldout: int = 256,
+    heldout: int = 1024,
     terms: tuple[int, int] = (3, 6),
     error: float = 0.15,
     layers: int = 3,
