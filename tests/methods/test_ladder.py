@@ -109,6 +109,7 @@ def test_stages_are_reported_with_intervals_gains_and_the_monitors_words(tmp_pat
 def test_the_monitor_ends_imitation_and_rl_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.run(tmp_path / "ladder", [], Console(stderr=True), as_json=True)
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    _, practice, rl = report["stages"]
-    assert practice["ended_by"] in ("GRADUATE", "STOP_NARROWING") and practice["rounds"] < 14
+    cold, practice, rl = report["stages"]
+    assert practice["ended_by"] in ("GRADUATE", "STOP_NARROWING") and practice["rounds"] < 12
+    assert practice["gain"]["pass@1"]["ci95"][0] > 0 and practice["entropy_nats"] < cold["entropy_nats"]
     assert rl["ended_by"] == "ROUNDS" and rl["gain"]["pass@1"]["ci95"][0] > 0
