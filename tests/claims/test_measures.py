@@ -97,14 +97,19 @@ def test_graduation_in_miniature_monitors_the_run_that_never_switches():
         probe_every=4,
         probe_prompts=8,
         probe_samples=4,
+        wide_prompts=24,
         held_out=50,
     )
     run = graduation.Run(0, size)
-    _, watched, stopped, verdict = run.monitored(switch=12)
-    assert [p.step for p in watched.history] == [0, 4, 8] and (stopped, verdict) == (12, "never")
-    assert not run.monitored(switch=6)[1].history
+    few, wide = watchers = run.watchers()
+    watched = run.monitored(switch=12, watchers=watchers)
+    assert watched == run.monitored(switch=12)  # who watches changes nothing
+    for w, count in ((few, 8), (wide, 24)):
+        assert [p.step for p in w.monitor.history] == [0, 4, 8] and (w.stopped, w.verdict) == (12, "never")
+        assert len(w.prompts_PD) == count
     numbers = graduation.measure(0, size)
     assert numbers["monitor_stopped"] == 0 and numbers["monitor_coverage_saved"] == 0
+    assert numbers["wide_monitor_step"] == 12 and numbers["wide_monitor_coverage_saved"] == 0
     assert numbers["monitor_pass1_regret"] >= 0
 
 

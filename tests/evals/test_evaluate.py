@@ -51,19 +51,6 @@ class Text:
             Span(token_ids=tuple(ids), role="user", author="user"),
         ]
 
-    def completion_span(self, completion, author, version, params):
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=True,
-            logprobs=completion.logprobs,
-            entropies=completion.entropies,
-            policy_version=version,
-            sampling=params,
-        )
-
 
 class Scripted:
     """Answers by a function of (task id, sample index); greedy asks sample -1."""
@@ -99,7 +86,7 @@ def make_trajectory(task, prompt_index, sample_index, completion):
         id=f"{task.id}/{sample_index}",
         task_id=task.id,
         task_hash=task.hash,
-        spans=(Text().completion_span(completion, "student", "v0", PARAMS),),
+        spans=(completion.as_span("student", "v0", PARAMS),),
         completion=completion.text,
         task_name=task.name,
         sample_index=sample_index,

@@ -115,6 +115,20 @@ def test_prompts_that_are_left_out_once_solved_end_the_stage(tmp_path: Path, tin
     assert (end["ended_by"], end["rounds"]) == ("NOTHING_LEFT", 4) and end["step"] > 0
 
 
+def test_a_round_with_nothing_to_train_on_leaves_the_weights_of_the_round_before(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    write_verifier(tmp_path, "True")
+    keep = {"distinct": None, "cap": None, "drop_truncated": False, "drop_all_correct": True}
+    job(family("rejection_sampling", tmp_path, tiny_folder, rounds=9, keep=keep, start_from="base"))()
+    run = tmp_path / "run"
+    assert len(events(run, "empty_round")) == 3
+    job(family("rejection_sampling", tmp_path, tiny_folder, "once", rounds=1, keep=keep, start_from="base"))()
+    trained, base = weights(run / "model"), weights(tiny_folder)
+    assert all(torch.equal(v, trained[n]) for n, v in weights(tmp_path / "once" / "model").items())
+    assert not all(torch.equal(v, base[n]) for n, v in trained.items())
+
+
 def test_rules_that_never_keep_what_was_accepted_stop_the_run(tmp_path: Path, tiny_folder: Path) -> None:
     keep = {"distinct": None, "cap": None, "drop_truncated": False, "min_score": 2.0}
     with pytest.raises(

@@ -97,17 +97,6 @@ class Text:
     def render_prompt(self, task: Task) -> list[Span]:
         return [Span(token_ids=(1, 2, 3), role="user", author="user")]
 
-    def completion_span(self, completion: Completion, author: str, version: str, params: Any) -> Span:
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=True,
-            logprobs=completion.logprobs,
-            sampling=params,
-        )
-
 
 class Counting:
     """A sampler and verifier that count how many trajectories are alive."""

@@ -73,22 +73,9 @@ class Text:
     def render_prompt(self, task):
         return [Span(token_ids=tuple(task.id.encode()), role="user", author="user")]
 
-    def completion_span(self, completion, author, version, params):
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=True,
-            logprobs=completion.logprobs,
-            entropies=completion.entropies,
-            policy_version=version,
-            sampling=params,
-        )
-
 
 def make_trajectory(task, completion):
-    span = Text().completion_span(completion, "student", "v0", SamplingParams())
+    span = completion.as_span("student", "v0", SamplingParams())
     return Trajectory(
         id=f"{task.id}/{completion.text}",
         task_id=task.id,

@@ -269,10 +269,6 @@ class Text:
     def render_prompt(self, task: Task) -> list[Span]:
         return [Span(token_ids=(int(task.id[1:]),), role="user", author="user")]
 
-    def completion_span(self, completion: Any, *, author: str, version: str, params: Any) -> Span:
-        ids = completion.token_ids
-        return Span(token_ids=ids, role="assistant", author=author, is_sampled=True, is_trainable=True)
-
 
 class OddIsMixed:
     """Prompts with an odd number get both verdicts, the others only one."""

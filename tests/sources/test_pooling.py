@@ -26,11 +26,6 @@ class Text:
         ids = tuple(ord(c) for m in task.messages for c in m["content"])
         return [Span(token_ids=ids, role="user", author="user")]
 
-    def completion_span(self, completion: Completion, author: str, version: str, params: Any) -> Span:
-        flags = {"is_sampled": True, "is_trainable": True}
-        who = {"role": "assistant", "author": author}
-        return Span(token_ids=completion.token_ids, logprobs=completion.logprobs, **who, **flags)
-
 
 class Says:
     """Says its name and the length of the prompt it was shown."""

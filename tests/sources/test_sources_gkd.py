@@ -35,18 +35,6 @@ class Text:
     def render_prompt(self, task):
         return [Span(token_ids=(int(task.id[1:]),), role="user", author="user")]
 
-    def completion_span(self, completion, author, version, params):
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=True,
-            logprobs=completion.logprobs,
-            sampling=params,
-            policy_version=version,
-        )
-
 
 class Sampler:
     author, version = "student", "v"

@@ -350,7 +350,7 @@ def completion(chat: ChatText, text: str, stop: bool = True) -> Completion:
 def test_a_sampled_turn_keeps_its_ids_and_numbers(chats):
     chat = chats("smollm2")
     answer, params = completion(chat, "7"), SamplingParams(temperature=0.7)
-    span = chat.completion_span(answer, "student", "v3", params)
+    span = answer.as_span("student", "v3", params)
     assert (span.token_ids, span.logprobs, span.entropies) == (answer.token_ids, answer.logprobs, answer.entropies)
     assert (span.role, span.author, span.policy_version, span.sampling) == ("assistant", "student", "v3", params)
     assert span.is_sampled and span.is_trainable
@@ -380,7 +380,7 @@ def test_a_turn_cut_off_gets_its_stop_token_from_the_template(chats):
     chat = chats("smollm2")
     spans = [
         *chat.render_prompt(task(QUESTION)),
-        chat.completion_span(completion(chat, "sev", stop=False), "student", None, None),
+        completion(chat, "sev", stop=False).as_span("student", None, None),
     ]
     more = chat.continue_with(spans, [*QUESTION, said("sev"), *QUESTION])
     assert more.spans is not None and chat.decode(more.spans[0].token_ids).startswith("<|im_end|>\n<|im_start|>user")
@@ -389,7 +389,7 @@ def test_a_turn_cut_off_gets_its_stop_token_from_the_template(chats):
 def test_a_conversation_that_is_rendered_anew_cannot_go_on(chats):
     chat = chats("qwen3")
     answer = "<think>\nhm\n</think>\n\n7"
-    spans = [*chat.render_prompt(task(QUESTION)), chat.completion_span(completion(chat, answer), "s", None, None)]
+    spans = [*chat.render_prompt(task(QUESTION)), completion(chat, answer).as_span("s", None, None)]
     # A tool's result leaves the reasoning in place; a user's message makes the template drop it.
     messages = [*QUESTION, said("7", reasoning_content="hm")]
     assert chat.continue_with(spans, [*messages, {"role": "tool", "content": "x"}]).spans is not None

@@ -153,6 +153,6 @@ CLAIM = Claim(
         Prediction(name="cold_gain_over_warm_gain", what="gain of the cold sampler over the warm one's", below=0.5),
         Prediction(name="gain_at_equal_updates", what="pass@1, RFT minus SFT with as many updates", above=0.0),
     ),
-    seeds=tuple(range(5)),
+    seeds=tuple(range(12)),
     minutes=3.0,
 )

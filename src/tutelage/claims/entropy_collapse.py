@@ -130,6 +130,6 @@ CLAIM = Claim(
         Prediction(name="late_lead", what="RAFT's lead over GRPO in pass@1 at the end", below=0.0),
         Prediction(name="raft_last_third_over_first", what="RAFT's gain, last third over first", below=0.25),
     ),
-    seeds=tuple(range(5)),
-    minutes=3.0,
+    seeds=tuple(range(12)),
+    minutes=4.0,
 )

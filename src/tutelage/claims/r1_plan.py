@@ -107,5 +107,6 @@ CLAIM = Claim(
         Prediction(name="plan_over_rl_pass@1", what="pass@1, the plan minus RL alone", above=0.0),
         Prediction(name="plan_over_rl_compute", what="compute of the plan over the budget", above=0.98, below=1.02),
     ),
-    minutes=4.0,
+    seeds=tuple(range(12)),
+    minutes=8.0,
 )

@@ -44,21 +44,6 @@ class TableText:
     def render_prompt(self, task: Task) -> tuple[Span, ...]:
         return (Span(token_ids=(int(task.id),), role="user", author="user"),)
 
-    def completion_span(
-        self, completion: Completion, author: str, version: str | None, params: SamplingParams | None
-    ) -> Span:
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=True,
-            logprobs=completion.logprobs,
-            entropies=completion.entropies,
-            policy_version=version,
-            sampling=params,
-        )
-
 
 class TableSampler:
     """Samples a table at temperature 1, token by token, until its last token or the limit."""

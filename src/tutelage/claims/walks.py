@@ -29,7 +29,6 @@ from tutelage.train.ledger import cost_of
 from tutelage.train.optim import Optimizer
 from tutelage.train.trainer import Place, Trainer, TrainerSettings
 from tutelage.types import (
-    Completion,
     Draw,
     DrawContext,
     Group,
@@ -72,21 +71,6 @@ class WalkText:
 
     def render_prompt(self, task: Task) -> tuple[Span, ...]:
         return (Span(token_ids=tuple(task.metadata["ids"]), role="user", author="user"),)
-
-    def completion_span(
-        self, completion: Completion, author: str, version: str | None, params: SamplingParams | None
-    ) -> Span:
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=True,
-            logprobs=completion.logprobs,
-            entropies=completion.entropies,
-            policy_version=version,
-            sampling=params,
-        )
 
 
 def decode(ids: Sequence[int]) -> str:

@@ -37,10 +37,6 @@ class PromptText(Protocol):
 
     def render_prompt(self, task: Task) -> Sequence[Span]: ...
 
-    def completion_span(
-        self, completion: Completion, author: str, version: str | None, params: SamplingParams | None
-    ) -> Span: ...
-
 
 def sample_tasks(
     sampler: Sampler,
@@ -81,7 +77,7 @@ def sample_tasks(
         )
 
     def plain(task: Task, prompt_index: int, sample_index: int, completion: Completion) -> Trajectory:
-        span = text.completion_span(completion, sampler.author, sampler.version, params)
+        span = completion.as_span(sampler.author, sampler.version, params)
         return Trajectory(
             id=f"{purpose}/{sampler.version}/{task.id}/{sample_index}",
             task_id=task.id,

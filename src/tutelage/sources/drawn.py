@@ -177,7 +177,7 @@ def make_trajectory(
     trajectory_id: str,
 ) -> Trajectory:
     """One sampled answer to a task, token-exact: the prompt's spans and one sampled span."""
-    span = text.completion_span(completion, author=sampler.author, version=sampler.version, params=params)
+    span = completion.as_span(sampler.author, sampler.version, params)
     return Trajectory(
         id=trajectory_id,
         task_id=task.id,

@@ -2,7 +2,7 @@
 
     chat = ChatText(tokenizer)
     prompts = chat.prompts(tasks)                                   # ids for a sampler
-    spans = [*chat.render_prompt(task), chat.completion_span(completion, "student", version, params)]
+    spans = [*chat.render_prompt(task), completion.as_span("student", version, params)]
     samples = chat.render_conversation(messages)                    # demonstrations for SFT
 
 Control tokens are ids only where the template writes them. In what users, tools and systems say they are plain text.
@@ -24,7 +24,7 @@ from tutelage.text.probe import TemplateReport, probe
 from tutelage.text.render import Escaper, Rendered, TemplateRenderer, render_marked
 from tutelage.text.turns import Turn, find_turn, label_prompt, label_sample, lost_text, to_spans
 from tutelage.text.vocabulary import EosPad, check_eos_pad, vocabulary_differences
-from tutelage.types import Completion, SamplingParams, Span, Task, content_hash
+from tutelage.types import Span, Task, content_hash
 
 Message = Mapping[str, Any]
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
@@ -156,28 +156,6 @@ class ChatText:
         return not any(search(t) or self._patterns.could_compose(t) for t in texts)
 
     # --- sampled turns -------------------------------------------------------------------------------------------
-
-    def completion_span(
-        self,
-        completion: Completion,
-        author: str,
-        version: str | None,
-        params: SamplingParams | None,
-        *,
-        is_trainable: bool = True,
-    ) -> Span:
-        """The span of a sampled turn: its ids as they were sampled, the stop token included where there is one."""
-        return Span(
-            token_ids=completion.token_ids,
-            role="assistant",
-            author=author,
-            is_sampled=True,
-            is_trainable=is_trainable,
-            logprobs=completion.logprobs,
-            entropies=completion.entropies,
-            policy_version=version,
-            sampling=params,
-        )
 
     def continue_with(
         self, spans: Sequence[Span], messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()

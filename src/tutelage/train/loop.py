@@ -47,7 +47,7 @@ def run_plan(plan: Sequence[Stage], session: Session) -> None:
         while cursor.round < stage.rounds:
             draw = session.draw(stage)
             if cursor.step == 0:
-                session.start_from(stage)
+                session.start_from(stage, draw)
             targets = session.prepare(stage, draw)
             ending: Sequence[tuple[Monitor, MonitorReport]] = ()
             for record in session.trainer.steps(

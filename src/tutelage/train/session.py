@@ -311,9 +311,9 @@ class Session:
                 "The sampler has other weights or another template than the trainer, or its precision is too low."
             )
 
-    def start_from(self, stage: "Stage") -> None:
-        """Weights and optimiser at the start of a round's training."""
-        if stage.start_from == "previous":
+    def start_from(self, stage: "Stage", draw: Draw) -> None:
+        """Weights and optimiser at the start of a round's training. A round with nothing to train on leaves them."""
+        if stage.start_from == "previous" or not draw.kept():
             return
         if stage.start_from == "base":
             weights = self.weights.load_base()
