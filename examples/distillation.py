@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from tutelage.data.tasks import reasoning_gym_tasks
 from tutelage.evals import EvalResult
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--student-epochs", type=int, default=3)
     parser.add_argument("--divergence", default="reverse_kl", help="of the on-policy arm")
     args = parser.parse_args()
+    disable_progress_bar()  # transformers' own: one for each of many loads
     args.questions = args.questions or args.demos
     if odd := set(args.layers) - set(DROPPED):
         parser.error(f"--layers: {odd} are none of {sorted(DROPPED)}")

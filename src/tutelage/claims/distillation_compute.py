@@ -133,6 +133,6 @@ CLAIM = Claim(
             name="sampled_kl_reached", what="share of seeds where sampled reverse KL reached the score", above=0.99
         ),
     ),
-    seeds=tuple(range(8)),
-    minutes=8.0,
+    seeds=tuple(range(6)),
+    minutes=6.0,
 )

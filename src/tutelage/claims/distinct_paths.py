@@ -154,5 +154,5 @@ CLAIM = Claim(
         Prediction(name="gain_at_equal_updates", what="pass@1, RFT minus SFT with as many updates", above=0.0),
     ),
     seeds=tuple(range(12)),
-    minutes=3.0,
+    minutes=1.0,
 )

@@ -131,5 +131,5 @@ CLAIM = Claim(
         Prediction(name="raft_last_third_over_first", what="RAFT's gain, last third over first", below=0.25),
     ),
     seeds=tuple(range(12)),
-    minutes=4.0,
+    minutes=2.0,
 )

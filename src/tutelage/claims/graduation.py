@@ -193,5 +193,5 @@ CLAIM = Claim(
         Prediction(name="monitor_mean_pass_regret", what="mean pass@k, best switch minus the monitor's", below=0.02),
     ),
     seeds=tuple(range(12)),
-    minutes=5.0,
+    minutes=4.0,
 )

@@ -108,5 +108,5 @@ CLAIM = Claim(
         Prediction(name="plan_over_rl_compute", what="compute of the plan over the budget", above=0.98, below=1.02),
     ),
     seeds=tuple(range(12)),
-    minutes=8.0,
+    minutes=6.0,
 )

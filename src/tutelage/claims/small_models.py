@@ -66,5 +66,5 @@ CLAIM = Claim(
         Prediction(name="least_reached", what="share of runs that reached the score compared at", above=0.99),
     ),
     seeds=tuple(range(12)),
-    minutes=4.0,
+    minutes=2.0,
 )
