@@ -14,7 +14,7 @@ from test_job import job
 
 from tutelage.cli import ladder as command
 from tutelage.errors import ConfigError
-from tutelage.methods.ladder import CHARACTERS, DEMONSTRATIONS, HELDOUT, QUESTIONS, worked_sum, write_ladder
+from tutelage.methods.ladder import CHARACTERS, DEMONSTRATIONS, FRESH, HELDOUT, QUESTIONS, worked_sum, write_ladder
 from tutelage.methods.stages_report import report_stages, stage_rows
 from tutelage.policies.load import load_model, load_tokenizer
 from tutelage.policies.scratch import character_tokenizer
@@ -28,15 +28,16 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_questions_answers_and_demonstrations_are_sums_and_no_question_is_there_twice(tmp_path: Path) -> None:
-    weights = write_ladder(tmp_path, demonstrations=60, questions=20, heldout=10, layers=1, width=16)
-    found = {n: rows(tmp_path / n) for n in (DEMONSTRATIONS, QUESTIONS, HELDOUT)}
+    small: dict[str, int] = {"demonstrations": 60, "questions": 20, "heldout": 10, "fresh": 30, "layers": 1, "width": 16}
+    weights = write_ladder(tmp_path, **small)  # type: ignore[arg-type]
+    found = {n: rows(tmp_path / n) for n in (DEMONSTRATIONS, QUESTIONS, HELDOUT, FRESH)}
     asked = [r.get("question") or r["prompt"] for rs in found.values() for r in rs]
-    assert len(asked) == len(set(asked)) == 90
-    for r in (*found[QUESTIONS], *found[HELDOUT]):
+    assert len(asked) == len(set(asked)) == 120
+    for r in (*found[QUESTIONS], *found[HELDOUT], *found[FRESH]):
         assert int(r["answer"].rpartition("=")[2]) == sum(map(int, re.findall(r"[+-]?\d", r["question"])))
-        assert 3 <= len(re.findall(r"\d", r["question"])) <= 6
+        assert 4 <= len(re.findall(r"\d", r["question"])) <= 7
     again = tmp_path / "again"
-    assert write_ladder(again, demonstrations=60, questions=20, heldout=10, layers=1, width=16) == weights
+    assert write_ladder(again, **small) == weights  # type: ignore[arg-type]
     assert (again / DEMONSTRATIONS).read_text() == (tmp_path / DEMONSTRATIONS).read_text()
     assert sum(p.numel() for p in load_model(str(tmp_path / "model")).parameters()) == weights
 
@@ -60,7 +61,7 @@ def _parts(question: str) -> tuple[list[str], list[int]]:
 
 
 def test_the_tokenizer_reads_every_character_as_one_token_and_back(tmp_path: Path) -> None:
-    write_ladder(tmp_path, demonstrations=1, questions=1, heldout=1, layers=1, width=16)
+    write_ladder(tmp_path, demonstrations=1, questions=1, heldout=1, fresh=1, layers=1, width=16)
     tokenizer = load_tokenizer(str(tmp_path / "model"))
     ids = tokenizer.encode("12+3=15", add_special_tokens=False)
     assert len(ids) == 7 and tokenizer.decode(ids) == "12+3=15"

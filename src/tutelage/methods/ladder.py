@@ -14,6 +14,8 @@ from tutelage.policies.scratch import save_scratch_model
 
 CHARACTERS = "0123456789+-=,"
 MODEL, DEMONSTRATIONS, QUESTIONS, HELDOUT = "model", "demonstrations.jsonl", "questions.jsonl", "heldout.jsonl"
+FRESH = "fresh.jsonl"
+"""Questions for RL that practice has not seen."""
 
 
 class Sum(NamedTuple):
@@ -27,16 +29,19 @@ class Sum(NamedTuple):
 def write_ladder(
     folder: Path,
     *,
-    demonstrations: int = 2000,
-    questions: int = 1024,
-    heldout: int = 1024,
-    terms: tuple[int, int] = (3, 6),
+    demonstrations: int = 2500,
+    questions: int = 512,
+    heldout: int = 896,
+    fresh: int = 3072,
+    terms: tuple[int, int] = (4, 7),
     error: float = 0.15,
     layers: int = 3,
     width: int = 96,
     seed: int = 0,
 ) -> int:
-    """Model, demonstrations, training and held-out questions, no two of them the same. Returns the number of weights.
+    """Model, demonstrations, questions to practise, held-out ones and fresh ones for RL, no two of them the same.
+
+    Returns the number of weights.
 
     Args:
         terms: fewest and most numbers of a question; demonstrations begin at two.
@@ -49,7 +54,7 @@ def write_ladder(
         folder / DEMONSTRATIONS,
         [{"prompt": s.question, "completion": s.worked} for s in shown],
     )
-    for name, count in ((QUESTIONS, questions), (HELDOUT, heldout)):
+    for name, count in ((QUESTIONS, questions), (HELDOUT, heldout), (FRESH, fresh)):
         _write(folder / name, [{"question": s.question, "answer": s.worked} for s in _sums(rng, count, terms, seen)])
     return weights
 

@@ -15,7 +15,7 @@ distinct.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tutelage.errors import CheckpointError, DataError
@@ -40,6 +40,7 @@ from tutelage.monitors.criteria import (
     token_entropies,
 )
 from tutelage.monitors.entropy import NoveltyHistory
+from tutelage.monitors.practised import Practised, practised
 from tutelage.monitors.probe import Probe
 from tutelage.types import Draw, DrawContext, MonitorReport
 
@@ -167,7 +168,8 @@ class GraduationMonitor:
             raise DataError(
                 "GraduationMonitor.after_round needs a probe: build it with probe=Prober(...), or call update"
             )
-        return self.update(self._probe(ctx))
+        found = practised(draw, self._history)
+        return self.update(self._probe(ctx), practice=found)
 
     def probe_now(self, ctx: DrawContext) -> MonitorReport:
         """Probes within a round, where one is `due`.
@@ -185,8 +187,11 @@ class GraduationMonitor:
             self._seen.forget(self._fresh.pop())
             del self._history[-1], self._novelties[-1], self._verdicts[-1]
 
-    def update(self, probe: Probe) -> MonitorReport:
+    def update(self, probe: Probe, *, practice: Practised | None = None) -> MonitorReport:
         """One more probe, and what it means.
+
+        Args:
+            practice: the round's draw against the probe before it; evidence, and a word of advice where imitation ends.
 
         A probe at or before the last one's step says that the run went back: the probes from there on are forgotten.
 
@@ -206,9 +211,12 @@ class GraduationMonitor:
         self._history.append(probe.without_keys())
         criteria = self.criteria()
         judgement = judge_criteria(criteria, self._lacking(probe))
+        if practice is not None and practice.is_by_heart and judgement.verdict in (GRADUATE, STOP_NARROWING):
+            judgement = replace(judgement, why=f"{judgement.why}; {practice.why}")
         self._verdicts.append(judgement.verdict)
         settled = settle(self._verdicts, self.settings)
         evidence = self._evidence(probe, criteria, judgement)
+        evidence["practised"] = None if practice is None else practice.to_json()
         return MonitorReport(verdict=settled, should_stop=settled in STOPS, evidence=evidence)
 
     def criteria(self) -> dict[str, Criterion]:
