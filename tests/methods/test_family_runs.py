@@ -342,6 +342,23 @@ def test_graduation_ends_the_stage_and_rl_goes_on_from_its_checkpoint(tmp_path: 
     assert_same_run(run, tmp_path / "cut")
 
 
+def test_practised_questions_are_compared_with_the_probe_of_the_weights_that_answered(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    settings = graduating(tmp_path, tiny_folder, "run")
+    settings["probe"]["every_steps"] = 0
+    settings["rollout"]["n"] = 8
+    job(settings)()
+    seen = [e for e in events(tmp_path / "run", "verdict") if "practised" in e]
+    assert len(seen) > 1 and seen[0]["practised"] is None  # the reference, before the first draw
+    rounds = stored(tmp_path / "run")
+    for before, e, draw in zip(seen, seen[1:], rounds, strict=False):
+        assert e["practised"]["tasks"] == 12
+        assert e["practised"]["pass@1_of_probe"] == pytest.approx(before["pass@1"]["value"])
+        right = [t.verdict.is_accepted for t in draw if t.verdict]
+        assert e["practised"]["pass@1"] == pytest.approx(sum(right) / len(right))
+
+
 @pytest.mark.parametrize("stop_at", [20, 45])
 def test_a_verdict_between_two_updates_ends_the_stage_there(tmp_path: Path, tiny_folder: Path, stop_at: int) -> None:
     rl = {"rounds": 1, "train": {"lr": 1e-4, "batch_size": None}, "truncated": "keep"}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,8 +29,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_questions_answers_and_demonstrations_are_sums_and_no_question_is_there_twice(tmp_path: Path) -> None:
-    small: dict[str, int] = {"demonstrations": 60, "questions": 20, "heldout": 10, "fresh": 30, "layers": 1, "width": 16}
-    weights = write_ladder(tmp_path, **small)  # type: ignore[arg-type]
+    make = partial(write_ladder, demonstrations=60, questions=20, heldout=10, fresh=30, layers=1, width=16)
+    weights = make(tmp_path)
     found = {n: rows(tmp_path / n) for n in (DEMONSTRATIONS, QUESTIONS, HELDOUT, FRESH)}
     asked = [r.get("question") or r["prompt"] for rs in found.values() for r in rs]
     assert len(asked) == len(set(asked)) == 120
@@ -37,7 +38,7 @@ def test_questions_answers_and_demonstrations_are_sums_and_no_question_is_there_
         assert int(r["answer"].rpartition("=")[2]) == sum(map(int, re.findall(r"[+-]?\d", r["question"])))
         assert 4 <= len(re.findall(r"\d", r["question"])) <= 7
     again = tmp_path / "again"
-    assert write_ladder(again, **small) == weights  # type: ignore[arg-type]
+    assert make(again) == weights
     assert (again / DEMONSTRATIONS).read_text() == (tmp_path / DEMONSTRATIONS).read_text()
     assert sum(p.numel() for p in load_model(str(tmp_path / "model")).parameters()) == weights
 

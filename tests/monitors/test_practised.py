@@ -43,7 +43,7 @@ def draw_of(counts, n=8, **more) -> Draw:
 def test_the_gap_and_its_interval_are_those_of_two_independent_means_over_questions():
     rng = np.random.default_rng(0)
     on_draw, on_probe = rng.integers(0, 9, 300), rng.integers(0, 17, 200)
-    found = practised(draw_of(on_draw), [probe(0, on_probe.tolist(), version="v1")])
+    found = practised(draw_of(on_draw), [probe(0, on_probe.tolist(), version="v1", distinct=1)])
     a, b = on_draw / 8, on_probe / 16
     low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
     assert found is not None and found.tasks == 300 and found.gap == pytest.approx(a.mean() - b.mean())
@@ -67,6 +67,12 @@ def test_only_samples_of_the_probed_weights_as_they_are_count(more):
     assert practised(drawn(own[0]), [p]) is None  # one question has no interval
 
 
+def test_questions_count_alike_however_many_samples_they_have():
+    one, many = [answer(0, True)], [answer(1, False) for _ in range(7)]
+    found = practised(drawn(*one, *many), [probe(0, [8, 8], version="v1")])
+    assert found is not None and found.draw == pytest.approx(0.5)
+
+
 def test_a_probe_within_the_round_is_of_other_weights_and_is_passed_over():
     first, within = probe(0, [4] * 4, version="v1"), probe(5, [16] * 4, version="v2")
     found = practised(draw_of([8, 6, 7, 8]), [first, within])
@@ -88,7 +94,17 @@ def test_the_monitor_says_what_is_known_by_heart_where_imitation_ends():
 
     by_heart, alike = watched([8] * 90 + [6] * 10), watched([8] * 50 + [0] * 50)
     assert [r.verdict for r in by_heart] == [r.verdict for r in alike] and by_heart[-1].verdict == GRADUATE
-    assert "was not practised" not in by_heart[0].evidence["why"]
+    assert by_heart[0].evidence["practised"]["is_by_heart"] and "not practised" not in by_heart[0].evidence["why"]
     assert "give RL questions that were not practised" in by_heart[-1].evidence["why"]
     assert by_heart[-1].evidence["practised"]["pass@1"] == pytest.approx(0.975)
     assert "not practised" not in alike[-1].evidence["why"] and not alike[-1].evidence["practised"]["is_by_heart"]
+
+
+def test_the_monitor_compares_with_the_probe_before_the_round_also_where_one_came_within_it():
+    todo = iter([probe(0, [4] * 4, version="v0"), probe(5, [16] * 4, version="v5"), probe(9, [8] * 4, version="v9")])
+    monitor = GraduationMonitor(S, probe=lambda _: next(todo))
+    ctx = DrawContext(seed=0, stage=0, round=0)
+    monitor.start(ctx)
+    assert monitor.probe_now(ctx).evidence["practised"] is None
+    found = monitor.after_round(draw_of([6, 6, 6, 6], version="v0"), ctx).evidence["practised"]
+    assert found["pass@1_of_probe"] == 0.25 and found["gap"]["value"] == 0.5
