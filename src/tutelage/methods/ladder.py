@@ -32,7 +32,7 @@ def write_ladder(
     demonstrations: int = 2500,
     questions: int = 512,
     heldout: int = 896,
-    fresh: int = 3072,
+    fresh: int = 4096,
     terms: tuple[int, int] = (4, 7),
     error: float = 0.15,
     layers: int = 3,
