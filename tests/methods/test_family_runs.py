@@ -392,8 +392,8 @@ def test_what_may_be_handed_over_is_still_there_after_a_round_was_taken_back(
     """Six probes within the round that is taken back; then the first probe of all is the one to go on from."""
     run, update, seen = tmp_path / "run", GraduationMonitor.update, []
 
-    def watched(self: GraduationMonitor, probe: Probe) -> MonitorReport:
-        report = update(self, probe)
+    def watched(self: GraduationMonitor, probe: Probe, **more: Any) -> MonitorReport:
+        report = update(self, probe, **more)
         wanted = {p.checkpoint for p in self.history[-3:]}
         seen.append((len(self.history), wanted - {p.name for p in (run / "probes").iterdir()}))
         return report
