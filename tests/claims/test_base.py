@@ -115,7 +115,7 @@ def test_a_run_stores_its_numbers_and_its_verdict(tmp_path, monkeypatch):
     back = stored.stored_results(tmp_path / "claims")
     assert back == {"compounding": json.loads(json.dumps(result))}
     page = stored.write_page(tmp_path / "claims").read_text()
-    assert "| **holds** | 4 |" in page and "the number: 1.015 [" in page
+    assert "| **holds** | 4 |" in page and "| 1 of 1 |" in page and "the number: 1.015 [" in page
 
 
 def test_results_of_unknown_claims_are_refused(tmp_path):
