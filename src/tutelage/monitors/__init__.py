@@ -5,6 +5,7 @@ from tutelage.monitors.diagnosis import Diagnosis, DiagnosisSettings, PromptMeas
 from tutelage.monitors.drift import mean_nll, nll_by_task, sampled_kl
 from tutelage.monitors.entropy import EntropyStats, NoveltyHistory, entropy_stats
 from tutelage.monitors.graduation import GraduationMonitor, graduation_rows
+from tutelage.monitors.practised import Practised
 from tutelage.monitors.probe import Probe, Prober, TaskProbe, run_probe
 from tutelage.monitors.regression import RegressionGate, RegressionSettings
 from tutelage.monitors.sampling import MakeTrajectory, PromptText
@@ -18,6 +19,7 @@ __all__ = [
     "GraduationSettings",
     "MakeTrajectory",
     "NoveltyHistory",
+    "Practised",
     "Probe",
     "Prober",
     "PromptMeasures",

@@ -131,16 +131,14 @@ class Completion:
     text: str
     """The completion as text, without its stop token."""
 
-    def as_span(
-        self, author: str, version: str | None, params: SamplingParams | None, *, is_trainable: bool = True
-    ) -> "Span":
+    def as_span(self, author: str, version: str | None, params: SamplingParams | None) -> "Span":
         """The span of a sampled turn: its ids as they were sampled, the stop token included where there is one."""
         return Span(
             token_ids=self.token_ids,
             role="assistant",
             author=author,
             is_sampled=True,
-            is_trainable=is_trainable,
+            is_trainable=True,
             logprobs=self.logprobs,
             entropies=self.entropies,
             policy_version=version,
